@@ -1,0 +1,266 @@
+"""A run's files in `out_dir`, and the only place that touches them.
+
+    ckpt.pt       the best validation loss so far, in nanoGPT's layout plus `tokenizer`
+    last.pt       the newest complete state: the same, and what resuming needs besides
+    last.prev.pt  the one before
+    log.jsonl     a JSON object a line, one for each logged step, evaluation, epoch and sample
+    previous/     what a run started from scratch found here
+
+A file is either the old one, whole, or the new one, whole: it is written beside, flushed, fsynced and renamed. What is
+loaded is verified first, by the CRC-32 that the zip inside a .pt holds for every record, and is never unpickled code.
+"""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configurator import UserError, user_errors
+from loader import dataset_folder
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_meta
+
+RUN_FILES = ("ckpt.pt", "last.pt", "last.prev.pt", "log.jsonl")
+
+
+def open_out_dir(out_dir: str, fresh: bool) -> Path:
+    """The run's folder, made if need be. A fresh run first moves what an earlier one left there to previous/."""
+    folder = Path(out_dir)
+    with user_errors(OSError, about=f"out_dir={out_dir} cannot be made or written to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+        found = [folder / name for name in RUN_FILES if (folder / name).is_file()]
+        if fresh and found:
+            previous = folder / "previous"
+            previous.mkdir(exist_ok=True)
+            for name in RUN_FILES:
+                (previous / name).unlink(missing_ok=True)
+            for path in found:
+                _keep(path, previous / path.name)
+            # The old ckpt.pt and last.pt stay until this run has its own: out_dir is never without a checkpoint. The
+            # old last.prev.pt must go, or it could be resumed instead of a younger last.pt of this run.
+            (folder / "last.prev.pt").unlink(missing_ok=True)
+            (folder / "log.jsonl").unlink(missing_ok=True)
+            print(
+                f"{out_dir} holds an earlier run: its files are kept in {previous} (init_from=resume continues a run)"
+            )
+    return folder
+
+
+def save(path: Path, state: dict[str, Any], keep_as: Path | None = None) -> None:
+    """Writes a checkpoint atomically; the file it replaces stays as `keep_as`. UserError where the disk refuses."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as and path.is_file():
+            _keep(path, keep_as)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); the file that was there is unharmed") from error
+
+
+def _keep(path: Path, copy: Path) -> None:
+    """A second name for a file, replacing that name atomically: a hard link, or a copy where there are none."""
+    temporary = copy.with_name(copy.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copy2(path, temporary)
+    os.replace(temporary, copy)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # Windows cannot open a folder, and its renames need no such help
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """A verified checkpoint, ours or nanoGPT's, on the CPU, its keys without compile's and DDP's prefixes.
+
+    UserError where the file is missing, damaged, holds more than tensors and plain values, or is no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    damaged = f"{path} is damaged or no PyTorch checkpoint"
+    try:
+        with zipfile.ZipFile(path) as records:
+            broken = records.testzip()
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{damaged} ({error}); use another, such as last.prev.pt beside it") from error
+    if broken:
+        raise UserError(f"{damaged} (checksum of {broken}); use another, such as last.prev.pt beside it")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path} does not load as tensors and plain values, and no code in it is run: {reason}"
+        ) from error
+    if not (
+        isinstance(state, dict) and isinstance(state.get("model"), dict) and isinstance(state.get("model_args"), dict)
+    ):
+        raise UserError(f"{path} is no GPT checkpoint: it lacks `model` or `model_args`")
+    state["model"] = {_plain(k): v for k, v in state["model"].items() if not k.endswith(".attn.bias")}  # masks, once
+    state["iter_num"] = int(state.get("iter_num", 0))
+    state["best_val_loss"] = float(state.get("best_val_loss", 1e9))
+    state["config"] = state.get("config") or {}
+    return state
+
+
+def _plain(key: str) -> str:
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def newest(out_dir: str) -> tuple[Path, dict[str, Any]]:
+    """The state from which a run resumes: the highest iter_num among last.pt and last.prev.pt that is whole, else
+    ckpt.pt, so that nanoGPT's folders resume too. UserError where there is none."""
+    folder = Path(out_dir)
+    found, problems = [], []
+    for path in (folder / "last.pt", folder / "last.prev.pt", folder / "ckpt.pt"):
+        if path.name == "ckpt.pt" and found or not path.is_file():
+            continue
+        try:
+            found.append((path, load(path)))
+        except UserError as error:
+            problems.append(str(error))
+    if not found:
+        why = f": {'; '.join(problems)}" if problems else " (looked for last.pt, last.prev.pt and ckpt.pt)"
+        raise UserError(f"no checkpoint to resume in {out_dir}{why}")
+    for problem in problems:
+        print(f"warning: {problem}; going on from {found[0][0]}")
+    return max(found, key=lambda pair: pair[1]["iter_num"])
+
+
+def best(source: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint to use for its weights: a .pt file, or an out_dir's ckpt.pt, else its last.pt."""
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in ("ckpt.pt", "last.pt") if (path / name).is_file()), path / "ckpt.pt")
+        if not path.is_file():
+            raise UserError(f"no checkpoint in {source} (looked for ckpt.pt and last.pt): train first, with --out_dir")
+    return path, load(path)
+
+
+def model_of(state: dict[str, Any], where: str | Path, dropout: float = 0.0) -> GPT:
+    """The model that a checkpoint holds, on the CPU."""
+    try:
+        model = GPT(GPTConfig(**(state["model_args"] | {"dropout": dropout})))
+        model.load_state_dict(state["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: model_args and weights do not make a GPT: {' '.join(str(error).split())}") from error
+    return model
+
+
+def tokenizer_of(state: dict[str, Any], where: str | Path) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with; for nanoGPT's, that of its dataset's folder, else GPT-2's."""
+    if "tokenizer" in state:
+        return tokenizer_from_meta(state["tokenizer"], str(where))
+    name = state["config"].get("dataset", "")
+    try:
+        tokenizer = load_tokenizer(dataset_folder(name))
+    except UserError:
+        if state["model_args"]["vocab_size"] < 50257:
+            raise UserError(
+                f"{where} does not hold its tokenizer, and its dataset {name!r} with meta.pkl is not under data/"
+            ) from None
+        tokenizer = tokenizer_from_meta({"kind": "gpt2"}, str(where))
+    if tokenizer.vocab_size > state["model_args"]["vocab_size"]:
+        raise UserError(f"{where} was trained on another vocabulary than the one that is now in data/{name}")
+    return tokenizer
+
+
+def load_tokenizer_of(source: str) -> Tokenizer:
+    """The tokenizer of an out_dir or of a .pt file."""
+    path, state = best(source)
+    return tokenizer_of(state, path)
+
+
+def pretrained(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None]:
+    """Weights to start from, and their tokenizer: 'gpt2*', a Hugging Face folder, an out_dir or a .pt file.
+
+    The tokenizer is None where a Hugging Face folder's vocabulary is not GPT-2's.
+    """
+    folder = Path(source)
+    if folder.is_file() or any((folder / name).is_file() for name in ("ckpt.pt", "last.pt")):
+        path, state = best(source)
+        return model_of(state, path, dropout), tokenizer_of(state, path)
+    with user_errors(ValueError):
+        model = GPT.from_pretrained(source, {"dropout": dropout})
+    is_gpt2 = model.config.vocab_size == 50257
+    return model, tokenizer_from_meta({"kind": "gpt2"}, source) if is_gpt2 else None
+
+
+def named_state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizer's state by parameter name, which survives a change of the parameters' order or grouping."""
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, state: dict[str, Any], where: str | Path) -> None:
+    """Restores the optimizer's state, by name from our files, by position from nanoGPT's; its options stay the run's.
+
+    A position table that a smaller block_size cropped crops its moments. Without a state, as in a file of weights
+    alone, the optimizer stays fresh, and that is said.
+    """
+    own = optimizer.state_dict()
+    names = {p: name for name, p in model.named_parameters()}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if state.get("optimizers"):
+        loaded = {i: state["optimizers"][names[p]] for i, p in enumerate(params) if names[p] in state["optimizers"]}
+    elif state.get("optimizer"):
+        loaded = dict(state["optimizer"]["state"])
+    else:
+        print(f"note: {where} holds no optimizer state; its moments start from zero")
+        return
+    if loaded and len(loaded) != len(params):
+        raise UserError(f"{where}: its optimizer has {len(loaded)} parameters, this model {len(params)}")
+    cropped = {
+        i: {k: v[: params[i].shape[0]] if v.dim() == params[i].dim() else v for k, v in entry.items()}
+        for i, entry in loaded.items()
+    }
+    optimizer.load_state_dict({"state": cropped, "param_groups": own["param_groups"]})
+
+
+class Log:
+    """log.jsonl: write(kind=..., iter=..., ...) appends a line. Opened for a run that resumes at iteration `start`, it
+    drops the lines of `start` and later, which will be written again."""
+
+    def __init__(self, folder: Path, start: int):
+        path = folder / "log.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _iteration(line) < start]
+            temporary = path.with_name("log.jsonl.tmp")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, path)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, **record: Any) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+
+
+def _iteration(line: str) -> float:
+    try:
+        return json.loads(line)["iter"]
+    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
+        return math.inf

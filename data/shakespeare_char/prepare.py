@@ -1,0 +1,45 @@
+"""Shakespeare's plays as a character-level dataset, byte for byte nanoGPT's train.bin and val.bin.
+
+    $ python data/shakespeare_char/prepare.py                                # downloads 1.1 MB, once
+    $ python data/shakespeare_char/prepare.py --input=tinyshakespeare.txt    # the same text, or another, from a file
+
+65 characters; 1,003,854 tokens to train on, 111,540 to validate with.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[1:3]]
+from configurator import Config, configure, run
+
+input = []  # a text file (several: --input=a.txt --input=b.txt) or a folder; default: input.txt here, else a download
+encoding = "utf-8"  # of the input
+val_fraction = 0.1  # the last part of the text, kept for validation
+tokenizer = "char"  # "char", "gpt2", or a dataset folder, out_dir or .pt file whose vocabulary is used again
+byte_fallback = False  # with "char": 256 byte tokens, so that any text has tokens; False gives nanoGPT's ids alone
+min_count = 1  # with byte_fallback: characters rarer than this take the byte tokens
+dest = ""  # the folder for the dataset; default: this folder
+config = configure(globals())
+
+import corpus
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def main(config: Config) -> None:
+    here = Path(__file__).resolve().parent
+    if not config.input and not (here / "input.txt").is_file():
+        corpus.fetch(URL, here / "input.txt", SHA256)
+    corpus.prepare(
+        corpus.open_inputs(config.input or [str(here / "input.txt")], config.encoding),
+        config.dest or here,
+        tokenizer=config.tokenizer,
+        val_fraction=config.val_fraction,
+        min_count=config.min_count,
+        byte_fallback=config.byte_fallback,
+    )
+
+
+if __name__ == "__main__":
+    run(main, config)

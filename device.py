@@ -1,0 +1,141 @@
+"""The machine under a run: its device and number format, autocast, torch.compile where it works, its processes."""
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str, local_rank: int | None = None) -> str:
+    """'auto' becomes 'cuda', 'mps' or 'cpu', the first there is; under torchrun a process takes its own GPU.
+
+    UserError where the device is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"device={device}: expected auto, cpu, cuda, cuda:1 or mps") from None
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device={device}: PyTorch {torch.__version__} finds no CUDA GPU here; use --device=cpu")
+        index = local_rank if local_rank is not None else torch.device(device).index or 0
+        if index >= torch.cuda.device_count():
+            raise UserError(f"device=cuda:{index}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
+        device = f"cuda:{index}"
+        torch.cuda.set_device(device)
+    elif kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: PyTorch finds no Metal GPU here; use --device=cpu")
+    elif kind not in ("cpu", "mps"):
+        raise UserError(f"device={device}: expected auto, cpu, cuda, cuda:1 or mps")
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+    return device
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """'auto' becomes bfloat16 on GPUs of compute capability 8.0 and newer, float16 on 7.x, else float32."""
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype={dtype}: expected auto, {', '.join(DTYPES)}")
+    if dtype == "auto":
+        major = torch.cuda.get_device_capability(device)[0] if device.startswith("cuda") else 0
+        return "bfloat16" if major >= 8 else "float16" if major == 7 else "float32"
+    # nanoGPT's configurations may ask for float16 and a CPU in one breath, where it then computes in float32
+    return "float32" if dtype == "float16" and not device.startswith("cuda") else dtype
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager:
+    """The context for a forward pass in this dtype; it may be entered again and again."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device_type=torch.device(device).type, dtype=DTYPES[dtype])
+
+
+def compiled(module: torch.nn.Module, device: str, probe: Callable[[torch.nn.Module], None]) -> torch.nn.Module:
+    """torch.compile(module), tried out by probe(module); the module itself, with a line that says why, where
+    compiling does not work: no C++ compiler, no Triton, a GPU older than compute capability 7.0."""
+    if device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] < 7:
+        print("note: this GPU is too old for torch.compile (compute capability below 7.0); running without it")
+        return module
+    # inductor looks for a compiler only once it has traced everything, and then fails with pages of log
+    if not device.startswith("cuda") and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        print("note: torch.compile needs a C++ compiler, and there is none; running without it")
+        return module
+    try:
+        faster = torch.compile(module)
+        probe(faster)
+        return faster
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler stack raises many kinds; eager mode needs none of it
+        reason = (str(error).strip().splitlines() or [""])[0][:160]
+        print(f"note: torch.compile failed ({type(error).__name__}: {reason}); running without it")
+        torch._dynamo.reset()
+        return module
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run: this one's rank and how many there are; one alone outside torchrun.
+
+    `control` is a CPU group for flags and figures, so that reading them never waits for a GPU.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def master(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean over the processes, in place, on the value's own device."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the processes of a CPU tensor, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values."""
+        if self.world_size == 1:
+            return value
+        values = torch.tensor(value)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
+        return int(values)
+
+    def end(self) -> None:
+        """Waits until every process is here, so that torchrun ends none of them early, and parts."""
+        if self.control:
+            dist.barrier(group=self.control)
+            dist.destroy_process_group()
+
+
+def join_processes(backend: str, device: str) -> Processes:
+    """The processes that torchrun started, joined by nccl on GPUs and gloo on CPUs; or this one alone."""
+    if "RANK" not in os.environ:
+        return Processes()
+    on_gpu = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+    if backend not in ("nccl", "gloo"):
+        raise UserError(f"backend={backend}: expected nccl or gloo")
+    dist.init_process_group(backend if on_gpu and dist.is_nccl_available() else "gloo")
+    rank, local_rank, world_size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if not on_gpu:
+        # torchrun gives each process a single thread unless told otherwise
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    return Processes(rank, local_rank, world_size, dist.new_group(backend="gloo"))
