@@ -170,8 +170,8 @@ class GPT(nn.Module):
                 p.fill_(1.0 if name.endswith("weight") else 0.0)
                 continue
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
-            generator = torch.Generator().manual_seed(derive_seed(seed, name))
-            p.copy_(torch.empty(p.shape).normal_(0.0, std, generator=generator))
+            generator = torch.Generator("cpu").manual_seed(derive_seed(seed, name))
+            p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, std, generator=generator))
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
         """(logits, loss) for ids `idx` [batch, time] and, one position ahead, `targets` of the same shape.

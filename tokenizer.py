@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, user_errors
 
 END_OF_TEXT = "<|endoftext|>"
 CODE_POINTS = 0x110000
@@ -218,11 +218,11 @@ class GPT2Tokenizer(Tokenizer):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # tiktoken lets those of requests, of the file system and its own through
-            folder = os.environ.get("TIKTOKEN_CACHE_DIR") or "a folder"
+            folder = os.environ.get("TIKTOKEN_CACHE_DIR") or "FOLDER"
             files = " and ".join(f"{url} as {folder}/{name}" for name, url in GPT2_FILES.items())
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = str(error) if 0 < len(str(error)) < 100 else type(error).__name__
             raise UserError(
-                f"GPT-2's vocabulary cannot be loaded ({reason[:200]}): where there is a network, save {files}; "
+                f"GPT-2's vocabulary cannot be loaded ({reason}): where there is a network, save {files}; "
                 "then name that folder in the environment variable TIKTOKEN_CACHE_DIR"
             ) from error
 
@@ -269,9 +269,9 @@ def tokenizer_from_meta(meta: dict[str, Any], where: str) -> Tokenizer:
     else:
         raise UserError(f'{where} does not describe a tokenizer: it has no "kind"')
     for key, value in tokenizer.meta().items():
-        found = meta.get(key, "nothing")
+        found = meta.get(key, value if kind == "gpt2" else "missing")  # the word gpt2 says everything
         if type(found) is not type(value) or found != value:
-            raise UserError(f"{where}: {key} is {found!r}, but the rest of it makes {value!r}; run prepare again")
+            raise UserError(f"{where}: the tokenizer's {key} is {found!r}, but {value!r} is what the rest of it makes")
     return tokenizer
 
 
@@ -281,7 +281,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not folder.is_dir():
         raise UserError(f"no dataset folder {folder}: give a folder that a prepare.py has filled")
     if (folder / "meta.json").exists():
-        return tokenizer_from_meta(read_meta(folder), str(folder / "meta.json"))
+        meta = read_meta(folder)
+        with user_errors(UserError, about="run the dataset's prepare.py again"):
+            return tokenizer_from_meta(meta, str(folder / "meta.json"))
     if (folder / "meta.pkl").exists():
         return _nanogpt_tokenizer(folder / "meta.pkl")
     return GPT2Tokenizer()
@@ -295,9 +297,9 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): run the dataset's prepare.py again") from error
+        raise UserError(f"{path} cannot be read ({error}); run the dataset's prepare.py again") from error
     if not isinstance(meta, dict):
-        raise UserError(f"{path} is not a JSON object: run the dataset's prepare.py again")
+        raise UserError(f"{path} is not a JSON object; run the dataset's prepare.py again")
     return meta
 
 

@@ -114,7 +114,8 @@ class Run:
     out: Path | None = None
     log: checkpoint.Log | None = None
     wandb: Any = None
-    epoch_clock: float = 0.0
+    started_at: int = 0  # the iteration from which this process goes on
+    epoch_clock: float = 0.0  # when the time of the epoch was last added up
 
     def say(self, text: str) -> None:
         if self.processes.master:
@@ -263,7 +264,8 @@ def prepare(c: Config) -> tuple[Run, Tokens, Tokens]:
         r.progress = Progress(state["iter_num"], state.get("sequences_seen", seen), state["best_val_loss"])
         for key, value in state.get("epoch", {}).items():
             setattr(r.progress, key, value)
-        r.say(f"resuming from {path} at iteration {r.progress.iter_num:,}")
+        r.started_at = r.progress.iter_num
+        r.say(f"resuming from {path} at iteration {r.started_at:,}")
     if c.sample_interval:
         for prompt in c.sample_prompts:
             prompt_ids(tokenizer, prompt)
@@ -417,12 +419,11 @@ def evaluate_and_save(r: Run, model: torch.nn.Module, train: Tokens, val: Tokens
     r.record("eval", iter=p.iter_num, train_loss=train_loss, val_loss=val_loss, val_accuracy=accuracy, epoch=epoch)
     best = val_loss < p.best_val_loss
     p.best_val_loss = min(val_loss, p.best_val_loss)
-    if p.iter_num == 0:
-        return
-    if r.out and (best or c.always_save_checkpoint):
+    if r.out and p.iter_num and (best or c.always_save_checkpoint):
         r.say(f"saving checkpoint to {c.out_dir}")
         checkpoint.save(r.out / "ckpt.pt", state_of(r))
-    save_last(r)
+    if p.iter_num > r.started_at:
+        save_last(r)
 
 
 def state_of(r: Run) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def open_inputs(inputs: list[str], encoding: str) -> Source:
 
 
 def files_in(inputs: list[str], suffixes: tuple[str, ...]) -> list[Path]:
-    """The files among `inputs`, and the folders' files with these suffixes, in folders below too, sorted, none hidden."""
+    """The files among `inputs`, and the folders' files with these suffixes, at any depth, sorted, none hidden."""
     files: list[Path] = []
     for name in inputs:
         path = Path(name)
@@ -192,7 +192,7 @@ def choose_tokenizer(name: str) -> Tokenizer | None:
     if any(p.is_file() for p in checkpoints):
         import checkpoint
 
-        return checkpoint.load_tokenizer_of(path)
+        return checkpoint.load_tokenizer_of(name)
     if any((path / p).is_file() for p in ("meta.json", "meta.pkl", "train.bin")):
         return load_tokenizer(path)
     raise UserError(
@@ -342,7 +342,7 @@ class DatasetWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for split in SPLITS:
-                self._files[split] = self._beside(f"{split}.bin").open("wb", buffering=CHUNK)
+                self._files[split] = self._beside(f"{split}.bin").open("wb", buffering=2**20)
         except OSError as error:
             self._discard()
             raise self._cannot_write(error) from error
@@ -373,7 +373,8 @@ class DatasetWriter:
     ) -> dict[str, Any]:
         """Checks what was written, puts it in place of the old files, prints a summary, gives meta.json's content.
 
-        `distinct` counts the text's distinct characters (None: not counted), `unknown` the occurrences of those without their own token.
+        `distinct` counts the text's distinct characters (None: not counted), `unknown` the occurrences of those without
+        a token of their own.
         """
         for split, file in self._files.items():
             if not self._tokens[split]:

@@ -1,6 +1,6 @@
 """OpenWebText, or documents of your own, in GPT-2's tokens, by Hugging Face datasets. Needs datasets and tiktoken.
 
-    $ python data/openwebtext/prepare.py                              # 8 million documents: 54 GB of cache, 17 GB written
+    $ python data/openwebtext/prepare.py                  # 8 million documents: 54 GB of cache, 17 GB written
     $ python data/openwebtext/prepare.py --input=docs.jsonl --text_column=content --dest=data/docs
     $ python data/openwebtext/prepare.py --input=parquet_folder/ --val_fraction=0.01 --dest=data/docs
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[1:3]]
-from configurator import Config, UserError, configure, run
+from configurator import Config, UserError, configure, run, user_errors
 
 dataset = "Skylion007/openwebtext"  # the dataset on the Hub, used where there is no input
 input = []  # .jsonl, .json, .parquet or .txt files (each .txt is a document), or a folder of such, all of one kind
@@ -95,7 +95,8 @@ def main(config: Config) -> None:
         ids = [np.append(tokenizer.encode(text), tokenizer.dtype(tokenizer.end_of_text)) for text in texts]
         return {"ids": ids, "characters": [len(text) for text in texts]}
 
-    parts = documents.train_test_split(test_size=config.val_fraction, seed=2357, shuffle=True)
+    with user_errors(ValueError, about=f"--val_fraction={config.val_fraction}"):
+        parts = documents.train_test_split(test_size=config.val_fraction, seed=2357, shuffle=True)
     characters = 0
     with corpus.DatasetWriter(config.dest or Path(__file__).resolve().parent, tokenizer) as writer:
         for split, part in (("train", parts["train"]), ("val", parts["test"])):

@@ -1,0 +1,179 @@
+"""Measures training: tokens/s, time of an iteration, MFU, peak memory, time of the first step.
+
+    $ python bench.py
+    $ python bench.py --device=cpu --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --json
+    $ python bench.py --profile
+
+Needs no dataset: without data/openwebtext it takes random tokens. A CPU gets a smaller batch, unless one is set.
+"""
+
+from configurator import Config, UserError, configure, run, user_errors
+
+batch_size = 12  # sequences in an iteration; on a CPU 1, unless set
+block_size = 1024  # tokens in a sequence
+n_layer = 12  # the model's shape: GPT-2 124M
+n_head = 12  # heads in a block
+n_embd = 768  # width
+dropout = 0.0  # 0 measures what pre-training does
+vocab_size = 50304  # GPT-2's, padded
+bias = False  # biases in Linears and LayerNorms
+real_data = True  # tokens of data/openwebtext, where it has been prepared; else random ones
+num_steps = 20  # measured iterations, after half as many for warming up
+max_seconds = 60.0  # ends warming up and measuring after this long each, with at least one iteration
+seed = 1337  # of the weights and the random tokens
+device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16'
+compile = True  # torch.compile, where there is a compiler; on a CPU False, unless set
+profile = False  # print the ten hottest operations, and write a trace for a viewer into bench_log/
+json = False  # print one JSON object and nothing else
+config = configure(globals())
+
+import statistics
+import sys
+import time
+from json import dumps
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from device import autocast, choose_device, choose_dtype, compiled
+from loader import dataset_folder, open_split, sequence_starts
+from model import GPT, GPTConfig
+
+
+def random_windows(c: Config):
+    """A function of the iteration that gives x and y, int64 [batch_size, block_size]; the same tokens each time."""
+    ids = torch.randint(c.vocab_size, (c.batch_size, c.block_size + 1))
+    return lambda step: (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+
+def real_windows(c: Config):
+    """The same from data/openwebtext. UserError where it is not prepared."""
+    tokens = open_split(dataset_folder("openwebtext"), "train", c.block_size)
+
+    def windows(step: int):
+        numbers = step * c.batch_size + np.arange(c.batch_size)
+        starts = sequence_starts(numbers, len(tokens.ids), c.block_size, c.seed)
+        return tokens.windows(starts, c.block_size, c.vocab_size)
+
+    return windows
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the GPU's largest allocation so far, or the process's largest resident size; 0 where unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(c: Config) -> None:
+    if c.num_steps < 1:
+        raise UserError(f"num_steps={c.num_steps}: expected at least 1")
+    c.device = choose_device(c.device)
+    c.dtype = choose_dtype(c.dtype, c.device)
+    if c.device == "cpu":
+        c.batch_size = c.batch_size if "batch_size" in c.given else 1
+        c.compile = c.compile and "compile" in c.given
+    if c.batch_size < 1:
+        raise UserError(f"batch_size={c.batch_size}: expected at least 1")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if c.json else sys.stdout)
+
+    torch.manual_seed(c.seed)
+    try:
+        windows = real_windows(c) if c.real_data else random_windows(c)
+    except UserError:
+        say("note: data/openwebtext is not prepared; taking random tokens")
+        windows, c.real_data = random_windows(c), False
+    shape = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    with user_errors(ValueError):
+        model = GPT(GPTConfig(**{key: getattr(c, key) for key in shape})).to(c.device)
+    kind = torch.device(c.device).type
+    optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), kind)
+    scaler = torch.amp.GradScaler(kind, enabled=c.dtype == "float16")
+    ctx = autocast(c.device, c.dtype)
+    say(
+        f"{model.get_num_params() / 1e6:.2f}M parameters, {c.batch_size} x {c.block_size} tokens, {c.device}, {c.dtype}"
+    )
+
+    def step(module: torch.nn.Module, number: int = 0) -> float:
+        """One iteration, waited for: seconds."""
+        started = time.perf_counter()
+        x, y = (t.to(c.device) for t in windows(number))
+        with ctx:
+            _, loss = module(x, y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        return time.perf_counter() - started
+
+    started = time.perf_counter()
+    fast = compiled(model, c.device, step) if c.compile else model
+    if fast is model:
+        step(model)
+    first_step = time.perf_counter() - started
+    say(f"first step{', compiling' if fast is not model else ''}: {first_step:.2f}s")
+
+    def repeat(steps: int) -> list[float]:
+        times, until = [], time.perf_counter() + c.max_seconds
+        while len(times) < max(1, steps) and (not times or time.perf_counter() < until):
+            times.append(step(fast, len(times)))
+        return times
+
+    repeat(c.num_steps // 2)
+    if c.profile:
+        print_profile(repeat, c, say)
+        return
+    times = repeat(c.num_steps)
+    dt = statistics.median(times)
+    mfu = model.estimate_mfu(c.batch_size, dt)
+    figures = {
+        "tokens_per_second": c.batch_size * c.block_size / dt,
+        "ms_per_iteration": dt * 1000,
+        "mfu": mfu,
+        "flops_per_second": model.estimate_flops() * c.batch_size * c.block_size / dt,
+        "peak_memory_bytes": peak_memory(c.device),
+        "first_step_seconds": first_step,
+        "iterations": len(times),
+        "parameters": model.get_num_params(non_embedding=False),
+        "compiled": fast is not model,
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name(c.device) if kind == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "config": dict(vars(c)),
+    }
+    if c.json:
+        print(dumps(figures))
+        return
+    say(
+        f"time per iteration: {dt * 1000:.2f}ms (median of {len(times)}), "
+        f"{figures['tokens_per_second']:,.0f} tokens/s, "
+        f"MFU: {'n/a' if mfu is None else f'{mfu:.2%}'} ({figures['flops_per_second'] / 1e12:.3f} TFLOP/s), "
+        f"peak memory: {figures['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+def print_profile(repeat, c: Config, say) -> None:
+    """Runs five iterations under torch.profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if c.device.startswith("cuda"):
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        repeat(5)
+    column = "self_cuda_time_total" if c.device.startswith("cuda") else "self_cpu_time_total"
+    say(profiler.key_averages().table(sort_by=column, row_limit=10))
+    Path("bench_log").mkdir(exist_ok=True)
+    profiler.export_chrome_trace("bench_log/trace.json")
+    say("trace: bench_log/trace.json (open it in chrome://tracing or ui.perfetto.dev)")
+
+
+if __name__ == "__main__":
+    run(main, config)

@@ -1,0 +1,558 @@
+"""The prepare scripts, run as a user runs them; what they write is held against plain Python and tiktoken."""
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import corpus
+from configurator import UserError
+from tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+if (SHARED / "data" / "tiktoken_cache").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "data" / "tiktoken_cache"))
+needs_gpt2 = pytest.mark.skipif(
+    "TIKTOKEN_CACHE_DIR" not in os.environ, reason="no GPT-2 vocabulary: TIKTOKEN_CACHE_DIR is not set"
+)
+SHAKESPEARE = SHARED / "data" / "en" / "tinyshakespeare.txt"
+needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"no {SHAKESPEARE}")
+END = "<|endoftext|>"
+
+
+def run(name: str, *words, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "data" / name / "prepare.py"), *map(str, words)]
+    done = subprocess.run(command, cwd=cwd or ROOT, env=os.environ | env, capture_output=True, timeout=120)
+    done.out = done.stdout.decode(env.get("PYTHONIOENCODING", "utf-8"))
+    done.err = done.stderr.decode(env.get("PYTHONIOENCODING", "utf-8"), errors="replace")
+    return done
+
+
+def prepared(name: str, dest: Path, *words, **options) -> dict:
+    """Runs the script into `dest`, which must work, and gives meta.json after checking it against the files."""
+    done = run(name, f"--dest={dest}", *words, **options)
+    assert done.returncode == 0, done.err
+    assert "round trip: identical" in done.out
+    raw = (dest / "meta.json").read_bytes().decode("utf-8")
+    meta = json.loads(raw)
+    assert raw.endswith("}\n") and not list(dest.glob("*.tmp"))
+    tokens = [np.fromfile(dest / f"{split}.bin", "<u2") for split in ("train", "val")]
+    for split, ids in zip(("train", "val"), tokens, strict=True):
+        data = (dest / f"{split}.bin").read_bytes()
+        described = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "tokens": len(data) // 2}
+        assert meta["files"][f"{split}.bin"] == described and len(ids) > 0
+    assert meta["tokens"] == sum(map(len, tokens)) and meta["max_id"] == max(ids.max() for ids in tokens)
+    return meta
+
+
+def refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 2 and "Traceback" not in done.err, done.err
+    sentence = done.err.strip().splitlines()[-1]
+    assert sentence.startswith("prepare.py: ") and not [w for w in words if w not in sentence], sentence
+
+
+def ids(dest: Path, split: str) -> list[int]:
+    return np.fromfile(dest / f"{split}.bin", "<u2").tolist()
+
+
+def slow_text(dest: Path, split: str) -> str:
+    """Decodes by hand: characters, then 256 bytes, then <|endoftext|>."""
+    chars = json.loads((dest / "meta.json").read_text(encoding="utf-8"))["chars"]
+    table = [c.encode() for c in chars] + [bytes([b]) for b in range(256)] + [END.encode()]
+    return b"".join(table[i] for i in ids(dest, split)).decode("utf-8")
+
+
+# ---- nanoGPT's own datasets
+
+
+@needs_shakespeare
+def test_shakespeare_char_is_nanogpts(tmp_path):
+    meta = prepared("shakespeare_char", tmp_path, f"--input={SHAKESPEARE}")
+    text = SHAKESPEARE.read_text(encoding="utf-8")
+    chars = sorted(set(text))
+    number = {c: i for i, c in enumerate(chars)}
+    cut = int(len(text) * 0.9)
+    expected = {split: [number[c] for c in part] for split, part in (("train", text[:cut]), ("val", text[cut:]))}
+    assert (len(chars), len(expected["train"]), len(expected["val"])) == (65, 1003854, 111540)
+    for split in ("train", "val"):
+        assert (tmp_path / f"{split}.bin").read_bytes() == np.array(expected[split], np.uint16).tobytes()
+    assert (meta["vocab_size"], meta["chars"], meta["end_of_text"]) == (65, "".join(chars), None)
+    assert (meta["documents"], meta["characters"], meta["unknown_characters"], meta["max_id"]) == (1, 1115394, 0, 64)
+
+
+@needs_shakespeare
+@needs_gpt2
+def test_shakespeare_is_nanogpts(tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    meta = prepared("shakespeare", tmp_path, f"--input={SHAKESPEARE}")
+    text = SHAKESPEARE.read_text(encoding="utf-8")
+    cut, encoding = int(len(text) * 0.9), tiktoken.get_encoding("gpt2")
+    expected = {"train": encoding.encode_ordinary(text[:cut]), "val": encoding.encode_ordinary(text[cut:])}
+    assert (len(expected["train"]), len(expected["val"])) == (301966, 36059)
+    for split in ("train", "val"):
+        assert (tmp_path / f"{split}.bin").read_bytes() == np.array(expected[split], np.uint16).tobytes()
+    assert (meta["kind"], meta["vocab_size"], meta["dtype"], meta["end_of_text"]) == ("gpt2", 50257, "uint16", 50256)
+
+
+# ---- the stories, and Chinese texts of one's own
+
+
+def test_stories_with_no_argument_from_anywhere_on_a_gbk_console(tmp_path):
+    if (ROOT / "data" / "chinese" / "input.txt").exists():
+        pytest.skip("data/chinese/input.txt takes the stories' place")
+    console = {"PYTHONIOENCODING": "gbk", "LANG": "C", "LC_ALL": "C"}
+    meta = prepared("chinese", tmp_path / "new" / "folder", cwd=tmp_path, **console)
+    dest = tmp_path / "new" / "folder"
+    stories = (ROOT / "data" / "chinese" / "stories_zh.txt").read_text(encoding="utf-8").strip("\n").split("\n\n")
+    train, val = slow_text(dest, "train"), slow_text(dest, "val")
+    assert train + val == "".join(story + END for story in stories)
+    assert (meta["documents"], meta["template"]) == (723, "《{title}》\n{content}")
+    assert meta["characters"] == sum(map(len, stories)) and meta["vocab_size"] == 1054 + 256 + 1
+    assert all(story.startswith("《") for story in stories)
+    # the split is at the first story that begins in the last tenth
+    assert train.endswith(END) and val.startswith("《")
+    begin = len(train.replace(END, ""))
+    before = len(train.removesuffix(END).rpartition(END)[0].replace(END, ""))
+    assert before < meta["characters"] * 0.9 <= begin
+
+
+def test_gbk_console_shows_what_it_can(tmp_path):
+    (tmp_path / "t.txt").write_text("好😀é\n" * 20, encoding="utf-8")
+    done = run("chinese", f"--input={tmp_path / 't.txt'}", f"--dest={tmp_path}", PYTHONIOENCODING="gbk")
+    assert done.returncode == 0 and "first line: 好|?|é" in done.out
+    done = run("chinese", f"--input={tmp_path / 't.txt'}", f"--dest={tmp_path}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "first line: ?|?|?" in done.out
+
+
+def test_gbk_file_without_and_with_its_encoding(tmp_path):
+    text = "第一回　天气很好。\n" * 300
+    file = tmp_path / "小说.txt"
+    file.write_bytes(b"ascii first\n" + text.encode("gb18030"))
+    done = run("chinese", f"--input={file}", f"--dest={tmp_path / 'out'}")
+    refused(done, str(file), "byte 12 ", "b5 da", "--encoding=gb18030")  # 第 is B5 DA
+    assert not (tmp_path / "out").exists()
+    prepared("chinese", tmp_path / "out", f"--input={file}", "--encoding=gb18030")
+    assert slow_text(tmp_path / "out", "train") + slow_text(tmp_path / "out", "val") == "ascii first\n" + text
+    refused(run("chinese", f"--input={file}", "--encoding=klingon"), "klingon", "gb18030")
+    refused(run("chinese", f"--input={file}", "--encoding=hex"), "hex", "gb18030")
+
+
+@pytest.mark.parametrize(
+    "head, bad, encoding, at",
+    [
+        (b"a" * 11, b"\xff", "utf-8", 11),
+        (b"\xef\xbb\xbfa", b"\xff", "utf-8", 4),
+        (b"a" * (corpus.CHUNK - 1), b"\xe5\xa5", "utf-8", corpus.CHUNK - 1),  # cut off at the end, across two reads
+        ("好".encode() * corpus.CHUNK, b"\x80", "utf-8", 3 * corpus.CHUNK),
+        ("好".encode("gb18030") * corpus.CHUNK, b"\xff", "gb18030", 2 * corpus.CHUNK),
+    ],
+)
+def test_offset_of_bytes_that_cannot_be_decoded(tmp_path, head, bad, encoding, at):
+    (tmp_path / "t.txt").write_bytes(head + bad)
+    with pytest.raises(UserError, match=rf"byte {at:,} .*\({bad.hex(' ')}") as error:
+        list(corpus.read_text(tmp_path / "t.txt", encoding))
+    assert f"--encoding={encoding}" not in str(error.value) and "--encoding=" in str(error.value)
+
+
+@given(st.text(alphabet="a\r\n好", max_size=12), st.sampled_from(["utf-8", "gb18030", "utf-16"]), st.booleans())
+@settings(deadline=None)
+def test_reading_is_pythons_universal_newlines(text, encoding, bom):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "t.txt")
+        path.write_bytes((b"\xef\xbb\xbf" if bom and encoding == "utf-8" else b"") + text.encode(encoding))
+        expected = path.read_text(encoding="utf-8-sig" if encoding == "utf-8" else encoding)
+        size, corpus.CHUNK = corpus.CHUNK, 3
+        try:
+            assert "".join(corpus.read_text(path, encoding)) == expected
+        finally:
+            corpus.CHUNK = size
+
+
+def test_crlf_and_bom(tmp_path):
+    for name, data in (
+        ("plain", "一二\n三\n" * 50),
+        ("dos", "\ufeff" + "一二\r\n三\r\n" * 50),
+        ("mac", "一二\r三\r" * 50),
+    ):
+        (tmp_path / f"{name}.txt").write_bytes(data.encode("utf-8"))
+        prepared("chinese", tmp_path / name, f"--input={tmp_path / name}.txt")
+        for file in ("train.bin", "val.bin", "meta.json"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_folder_and_several_files_are_documents(tmp_path):
+    folder = tmp_path / "books"
+    (folder / "sub").mkdir(parents=True)
+    for name, text in {
+        "b.txt": "乙" * 30 + "\n\n\n",
+        "a.TXT": "甲\n\n甲" * 10,
+        "sub/c.txt": "丙" * 9 + "\n" + "丁" * 10,
+        "empty.txt": "\n\n",
+        "notes.md": "not read",
+        ".hidden.txt": "not read",
+    }.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    meta = prepared("chinese", tmp_path / "out", f"--input={folder}", "--val_fraction=0.2")
+    # 90 characters: from 72 on is validation, and no document begins there, so the last one is
+    assert slow_text(tmp_path / "out", "train") == "甲\n\n甲" * 10 + END + "乙" * 30 + END
+    assert slow_text(tmp_path / "out", "val") == "丙" * 9 + "\n" + "丁" * 10 + END
+    assert (meta["documents"], meta["characters"], meta["tokens"]) == (3, 90, 93)
+    files = [f"--input={folder / name}" for name in ("sub/c.txt", "b.txt")]
+    meta = prepared("shakespeare_char", tmp_path / "out", *files)
+    assert (meta["chars"], meta["end_of_text"], meta["vocab_size"]) == ("\n丁丙乙", 4, 5)
+    assert ids(tmp_path / "out", "train") == [2] * 9 + [0] + [1] * 10 + [4]
+    assert ids(tmp_path / "out", "val") == [3] * 30 + [4]
+
+
+def test_split_falls_at_the_first_document_that_begins_there(tmp_path):
+    for name, size in (("a", 50), ("b", 40), ("c", 9), ("d", 1)):
+        (tmp_path / f"{name}.txt").write_text(name * size)
+    prepared("chinese", tmp_path / "out", f"--input={tmp_path}")
+    assert slow_text(tmp_path / "out", "val") == "ccccccccc" + END + "d" + END
+    prepared("chinese", tmp_path / "out", f"--input={tmp_path}", "--val_fraction=0.999")
+    assert slow_text(tmp_path / "out", "train") == "a" * 50 + END
+
+
+def test_folder_with_one_file_is_one_text(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "t.txt").write_text("ab\n" * 10 + "\n\n")
+    meta = prepared("shakespeare_char", tmp_path / "out", f"--input={tmp_path / 'in'}")
+    assert ids(tmp_path / "out", "train") + ids(tmp_path / "out", "val") == [1, 2, 0] * 10 + [0, 0]
+    assert len(ids(tmp_path / "out", "train")) == int(32 * 0.9) and meta["documents"] == 1
+
+
+# ---- in pieces
+
+
+@given(st.text(alphabet="ab好1 \n.,'。", min_size=20, max_size=200), st.integers(1, 40), st.floats(0.1, 0.9))
+@settings(deadline=None, max_examples=150)
+@needs_gpt2
+def test_pieces_have_the_ids_of_the_whole(text, chunk, val_fraction):
+    encoding = pytest.importorskip("tiktoken").get_encoding("gpt2")
+    cut = int(len(text) * (1 - val_fraction))
+    chars = sorted(set(text))
+    size, corpus.CHUNK = corpus.CHUNK, chunk
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "t.txt")
+            path.write_bytes(text.encode("utf-8"))
+            corpus.prepare(corpus.Source((path,)), folder, tokenizer="gpt2", val_fraction=val_fraction)
+            assert ids(Path(folder), "train") == encoding.encode_ordinary(text[:cut])
+            assert ids(Path(folder), "val") == encoding.encode_ordinary(text[cut:])
+            corpus.prepare(corpus.Source((path,)), folder, tokenizer="char", val_fraction=val_fraction)
+            assert ids(Path(folder), "train") == [chars.index(c) for c in text[:cut]]
+            assert ids(Path(folder), "val") == [chars.index(c) for c in text[cut:]]
+    finally:
+        corpus.CHUNK = size
+
+
+@given(st.text(alphabet="ab \n", max_size=60), st.integers(1, 9), st.sampled_from(["files", "blank"]))
+@settings(deadline=None, max_examples=150)
+def test_documents_in_pieces(text, chunk, mode):
+    files = text.split(" ") if mode == "files" else [text]
+    documents = [d for file in files for d in (file.split("\n\n") if mode == "blank" else [file])]
+    documents = [d.strip("\n") if mode == "blank" else d.rstrip("\n") for d in documents]
+    size, corpus.CHUNK = corpus.CHUNK, chunk
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder, str(n)) for n in range(len(files))]
+            for path, content in zip(paths, files, strict=True):
+                path.write_bytes(content.encode())
+            pieces = list(corpus.Source(tuple(paths), mode=mode).read())
+    finally:
+        corpus.CHUNK = size
+    assert "".join(END if piece is None else piece for piece in pieces) == "".join(d + END for d in documents if d)
+    assert "" not in pieces
+
+
+@needs_gpt2
+def test_stories_in_gpt2_tokens(tmp_path):
+    encoding = pytest.importorskip("tiktoken").get_encoding("gpt2")
+    stories = ROOT / "data" / "chinese" / "stories_zh.txt"
+    meta = corpus.prepare(corpus.Source((stories,), mode="blank"), tmp_path, tokenizer="gpt2")
+    expected = []
+    for story in stories.read_text(encoding="utf-8").strip("\n").split("\n\n"):
+        expected += [*encoding.encode_ordinary(story), 50256]
+    assert ids(tmp_path, "train") + ids(tmp_path, "val") == expected
+    assert ids(tmp_path, "train")[-1] == 50256 and meta["max_id"] == 50256
+
+
+# ---- vocabularies
+
+
+def test_rare_characters_take_the_byte_path(tmp_path):
+    text = "一一一二二二三三四" * 10 + "稀é"
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    meta = prepared("chinese", tmp_path / "out", f"--input={tmp_path / 't.txt'}", "--min_count=11")
+    assert (meta["chars"], meta["unknown_characters"]) == ("一三二", 12)  # 四 ten times, 稀 and é once
+    assert slow_text(tmp_path / "out", "train") + slow_text(tmp_path / "out", "val") == text
+    four = [3 + byte for byte in "四".encode()]
+    assert ids(tmp_path / "out", "train")[:11] == [0, 0, 0, 2, 2, 2, 1, 1, *four]
+    refused(run("shakespeare_char", f"--input={tmp_path / 't.txt'}", "--min_count=2"), "--byte_fallback=True")
+    refused(run("chinese", f"--input={tmp_path / 't.txt'}", "--min_count=0"), "--min_count=0")
+
+
+def test_vocabulary_of_another_dataset(tmp_path):
+    (tmp_path / "a.txt").write_text("cab" * 10, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("abc好bQ" * 10, encoding="utf-8")
+    prepared("chinese", tmp_path / "a", f"--input={tmp_path / 'a.txt'}")
+    meta = prepared("chinese", tmp_path / "b", f"--input={tmp_path / 'b.txt'}", f"--tokenizer={tmp_path / 'a'}")
+    assert (meta["chars"], meta["unknown_characters"]) == ("abc", 20)
+    assert ids(tmp_path / "b", "train")[:8] == [0, 1, 2, 3 + 0xE5, 3 + 0xA5, 3 + 0xBD, 1, 3 + ord("Q")]
+    assert slow_text(tmp_path / "b", "train") + slow_text(tmp_path / "b", "val") == "abc好bQ" * 10
+
+    prepared("shakespeare_char", tmp_path / "a", f"--input={tmp_path / 'a.txt'}")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+    done = run("chinese", f"--input={tmp_path / 'b.txt'}", f"--tokenizer={tmp_path / 'a'}", f"--dest={tmp_path / 'b'}")
+    refused(done, "'好' (U+597D, first at position 3)", "'Q' (U+0051, first at position 5)", "--byte_fallback=True")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()} == before
+
+
+def test_nanogpts_vocabulary(tmp_path):
+    itos = {0: "c", 1: "好", 2: "a"}
+    with (tmp_path / "meta.pkl").open("wb") as file:
+        pickle.dump({"vocab_size": 3, "itos": itos, "stoi": {c: i for i, c in itos.items()}}, file)
+    (tmp_path / "t.txt").write_text("a好c" * 10, encoding="utf-8")
+    words = f"--input={tmp_path / 't.txt'}", f"--tokenizer={tmp_path}"
+    prepared("shakespeare_char", tmp_path / "out", *words)
+    assert ids(tmp_path / "out", "train") == [2, 1, 0] * 9
+    refused(run("chinese", words[0], *words, f"--dest={tmp_path / 'out'}"), "no token to stand between 2 documents")
+    # in the folder itself, the new meta.json takes the pickle's place
+    prepared("shakespeare_char", tmp_path, *words)
+    assert not (tmp_path / "meta.pkl").exists() and load_tokenizer(tmp_path).encode("ca").tolist() == [0, 2]
+
+
+def test_vocabulary_of_a_checkpoint(tmp_path):
+    torch = pytest.importorskip("torch")
+    meta = CharTokenizer("cab", byte_fallback=True, end_of_text=True).meta()
+    torch.save({"model": {}, "model_args": {"vocab_size": 260}, "tokenizer": meta}, tmp_path / "ckpt.pt")
+    (tmp_path / "t.txt").write_text("abcd" * 10, encoding="utf-8")
+    for path in (tmp_path, tmp_path / "ckpt.pt"):
+        prepared("chinese", tmp_path / "out", f"--input={tmp_path / 't.txt'}", f"--tokenizer={path}")
+        assert ids(tmp_path / "out", "train") == [1, 2, 0, 3 + ord("d")] * 9
+    done = run("chinese", f"--tokenizer={tmp_path / 'last.pt'}", f"--dest={tmp_path / 'new'}")
+    refused(done, str(tmp_path / "last.pt"))
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_vocabularies_that_cannot_be_had(tmp_path):
+    (tmp_path / "t.txt").write_text("abc" * 10)
+    words = f"--input={tmp_path / 't.txt'}", f"--dest={tmp_path / 'out'}", f"--tokenizer={tmp_path}"
+    refused(run("chinese", *words), f"--tokenizer={tmp_path}", "dataset folder")
+    refused(run("chinese", *words[:2], "--tokenizer=bpe"), "--tokenizer=bpe")
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": Evil(str(tmp_path / "executed"))}))
+    refused(run("chinese", *words), str(tmp_path / "meta.pkl"), "mkdir")
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / "meta.json").write_text('{"kind": "char", "chars"')
+    refused(run("chinese", *words), str(tmp_path / "meta.json"), "prepare.py again")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what a user can get wrong
+
+
+def test_texts_that_are_not_there_or_too_small(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "one.txt").write_text("a")
+    (tmp_path / "folder").mkdir()
+    for name, *words in (
+        ("empty.txt", "no text"),
+        ("one.txt", "too few"),
+        ("folder", "no .txt file"),
+        ("nowhere.txt", "no such file"),
+    ):
+        done = run("chinese", f"--input={tmp_path / name}", f"--dest={tmp_path / 'out'}")
+        refused(done, str(tmp_path / name), *words)
+    for fraction in ("0", "1", "-0.1", "2"):
+        refused(run("chinese", f"--val_fraction={fraction}", f"--dest={tmp_path / 'out'}"), "--val_fraction=")
+    assert not (tmp_path / "out").exists()
+    refused(run("chinese", f"--dest={tmp_path / 'one.txt'}"), str(tmp_path / "one.txt"), "--dest")
+
+
+@pytest.mark.parametrize("name", ["chinese", "shakespeare_char", "shakespeare", "openwebtext"])
+def test_help_is_fast(name):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "data" / name / "prepare.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+    assert done.returncode == 0 and "--val_fraction=" in done.stdout and "--dest=" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "configurator" in imported and not imported & {"numpy", "torch", "tiktoken", "datasets", "tqdm"}
+
+
+# ---- old files or new files, whole
+
+
+def folder_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+AB = CharTokenizer("ab", byte_fallback=False, end_of_text=False)
+COUNTS = {"documents": 1, "characters": 4, "distinct": 2, "unknown": 0}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError, OSError(28, "No space left on device")])
+def test_what_interrupts_the_writer_leaves_the_old_files(tmp_path, error):
+    (tmp_path / "train.bin").write_bytes(b"old")
+    with pytest.raises(UserError if isinstance(error, OSError) else error):
+        with corpus.DatasetWriter(tmp_path, AB) as writer:
+            writer.write("train", AB.encode("ab"), "ab")
+            raise error
+    assert folder_of(tmp_path) == {"train.bin": b"old"}
+
+
+@pytest.mark.parametrize("said, val", [("ba", "a"), ("ab", "")])
+def test_a_wrong_or_an_empty_file_replaces_nothing(tmp_path, said, val):
+    (tmp_path / "train.bin").write_bytes(b"old")
+    with pytest.raises(UserError, match="round trip" if val else "val.bin"):
+        with corpus.DatasetWriter(tmp_path, AB) as writer:
+            writer.write("train", AB.encode("ab"), said)
+            writer.write("val", AB.encode(val), val)
+            writer.finish(**COUNTS)
+    assert folder_of(tmp_path) == {"train.bin": b"old"}
+
+
+def test_what_a_killed_run_left_is_overwritten(tmp_path):
+    for name in ("train.bin.tmp", "val.bin.tmp", "meta.json.tmp"):
+        (tmp_path / name).write_bytes(b"left by a run that was killed")
+    (tmp_path / "t.txt").write_text("ab" * 10)
+    prepared("shakespeare_char", tmp_path, f"--input={tmp_path / 't.txt'}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "t.txt", "train.bin", "val.bin"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX's")
+def test_full_disk(tmp_path):
+    (tmp_path / "t.txt").write_text("ab" * 10**6)
+    dest = tmp_path / "out"
+    prepared("chinese", dest)
+    before = folder_of(dest)
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = str(ROOT / "data" / "chinese" / "prepare.py")
+    command = [sys.executable, "-c", code, script, f"--input={tmp_path / 't.txt'}", f"--dest={dest}"]
+    done = subprocess.run(command, capture_output=True)
+    done.err = done.stderr.decode()
+    refused(done, str(dest), "File too large")
+    assert folder_of(dest) == before
+
+
+# ---- downloads
+
+
+def test_fetch(tmp_path):
+    (tmp_path / "there.txt").write_bytes(b"hello")
+    url, sha256 = (tmp_path / "there.txt").as_uri(), hashlib.sha256(b"hello").hexdigest()
+    corpus.fetch(url, tmp_path / "here.txt", sha256)
+    assert (tmp_path / "here.txt").read_bytes() == b"hello"
+    for address, expected in ((url, "0" * 64), ("http://127.0.0.1:9/x.txt", sha256)):
+        with pytest.raises(UserError) as error:
+            corpus.fetch(address, tmp_path / "new.txt", expected)
+        assert all(word in str(error.value) for word in (address, expected, str(tmp_path / "new.txt")))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here.txt", "there.txt"]
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char"])
+def test_shakespeare_without_network(tmp_path, name):
+    if (ROOT / "data" / name / "input.txt").exists():
+        pytest.skip("it has been downloaded already")
+    nowhere = "http://127.0.0.1:9"
+    done = run(name, f"--dest={tmp_path}", HTTPS_PROXY=nowhere, https_proxy=nowhere, no_proxy="", NO_PROXY="")
+    url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    refused(done, url, "86c4e6aa9db7c042", str(ROOT / "data" / name / "input.txt"))
+    assert not list(tmp_path.iterdir()) and not list((ROOT / "data" / name).glob("*.tmp"))
+
+
+# ---- openwebtext, from local files
+
+DOCUMENTS = [f"Document {n}: 它说{END}。\n\n" + "word " * (n % 7) for n in range(30)] + [""]
+
+
+@pytest.fixture
+def offline(tmp_path):
+    pytest.importorskip("datasets")
+    return {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_CACHE": str(tmp_path / "hf")}
+
+
+def shuffled(documents: list[str], val_count: int) -> tuple[list[str], list[str]]:
+    """The split of nanoGPT's seed: the permutation's beginning is for validation."""
+    order = np.random.default_rng(2357).permutation(len(documents)).tolist()
+    return [documents[i] for i in order[val_count:]], [documents[i] for i in order[:val_count]]
+
+
+@needs_gpt2
+def test_openwebtext_from_jsonl(tmp_path, offline):
+    encoding = pytest.importorskip("tiktoken").get_encoding("gpt2")
+    lines = [json.dumps({"content": text, "id": n}, ensure_ascii=n % 2 == 0) for n, text in enumerate(DOCUMENTS)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    words = [f"--input={tmp_path / 'd.jsonl'}", "--val_fraction=0.1", "--num_proc=2"]
+    meta = prepared("openwebtext", tmp_path / "out", *words, "--text_column=content", cwd=tmp_path, **offline)
+    for split, documents in zip(("train", "val"), shuffled(DOCUMENTS, 4), strict=True):
+        expected = [encoding.encode_ordinary(text) + [50256] for text in documents]
+        assert ids(tmp_path / "out", split) == sum(expected, [])
+    assert (meta["documents"], meta["characters"]) == (31, sum(map(len, DOCUMENTS)))
+    refused(run("openwebtext", *words, f"--dest={tmp_path}", **offline), "--text_column", "content, id")
+
+
+def test_openwebtext_from_parquet_in_characters(tmp_path, offline):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(arrow.table({"text": DOCUMENTS}), tmp_path / "d.parquet")
+    words = [f"--input={tmp_path}", "--tokenizer=char", "--num_proc=1", "--min_count=2"]
+    meta = prepared("openwebtext", tmp_path / "out", *words, **offline)
+    train, val = shuffled(DOCUMENTS, 1)
+    assert slow_text(tmp_path / "out", "train") == "".join(text + END for text in train)
+    assert slow_text(tmp_path / "out", "val") == "".join(text + END for text in val)
+    assert meta["chars"] == "".join(sorted(set("".join(DOCUMENTS)))) and meta["unknown_characters"] == 0
+
+
+@needs_gpt2
+def test_openwebtext_from_text_files(tmp_path, offline):
+    encoding = pytest.importorskip("tiktoken").get_encoding("gpt2")
+    (tmp_path / "in").mkdir()
+    for n, text in enumerate(("第一\r\n", "second\n\nstill second", "3")):
+        (tmp_path / "in" / f"{n}.txt").write_bytes(text.encode("gb18030"))
+    words = [f"--input={tmp_path / 'in'}", "--val_fraction=0.3", "--num_proc=1"]
+    prepared("openwebtext", tmp_path / "out", *words, "--encoding=gb18030", **offline)
+    for split, documents in zip(("train", "val"), shuffled(["第一\n", "second\n\nstill second", "3"], 1), strict=True):
+        expected = [encoding.encode_ordinary(text) + [50256] for text in documents]
+        assert ids(tmp_path / "out", split) == sum(expected, [])
+    refused(run("openwebtext", *words, f"--dest={tmp_path}", **offline), str(tmp_path / "in"), "--encoding")
+
+
+def test_openwebtext_without_the_hub(tmp_path, offline):
+    refused(
+        run("openwebtext", f"--dest={tmp_path / 'out'}", **offline), "Skylion007/openwebtext", "HF_ENDPOINT", "--input"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_openwebtext_without_datasets(tmp_path):
+    (tmp_path / "datasets.py").write_text("raise ImportError('none here')")
+    done = run("openwebtext", f"--dest={tmp_path / 'out'}", PYTHONPATH=str(tmp_path))
+    refused(done, "pip install datasets")
+
+
+# ---- a tokenizer for both
+
+
+@needs_gpt2
+def test_choosing_a_tokenizer(tmp_path):
+    assert corpus.choose_tokenizer("char") is None and corpus.choose_tokenizer("gpt2") == GPT2Tokenizer()
+    (tmp_path / "train.bin").touch()  # nanoGPT's GPT-2 datasets have no meta at all
+    assert corpus.choose_tokenizer(str(tmp_path)) == GPT2Tokenizer()
