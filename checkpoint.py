@@ -155,7 +155,7 @@ def newest(out_dir: str) -> tuple[Path, dict[str, Any]]:
 def best(source: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint to use for its weights: a .pt file, or an out_dir's ckpt.pt, else its last.pt."""
     path = Path(source)
-    if path.is_dir():
+    if path.suffix != ".pt":
         path = next((path / name for name in ("ckpt.pt", "last.pt") if (path / name).is_file()), path / "ckpt.pt")
         if not path.is_file():
             raise UserError(f"no checkpoint in {source} (looked for ckpt.pt and last.pt): train first, with --out_dir")

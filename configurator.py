@@ -58,7 +58,7 @@ def configure(namespace: dict[str, Any], positionals: Sequence[str] = (), argv: 
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace", line_buffering=True)
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(values, namespace))
+        run(print, help_text(values, namespace))
         sys.exit(0)
     return run(lambda: _override(values, namespace, positionals, sys.argv[1:]))
 

@@ -247,7 +247,7 @@ def prepare(
     if separate:
         starts = np.cumsum([0, *lengths[:-1]])
         first = int(np.searchsorted(starts, characters * (1 - val_fraction)))
-        cut = int(starts[min(max(first, 1), len(lengths) - 1)])
+        cut = int(starts[min(first, len(lengths) - 1)])
     if not 0 < cut < characters:
         raise UserError(
             f"{named}: {characters} characters are too few to split with --val_fraction={val_fraction}; give more text"
