@@ -1,10 +1,14 @@
-"""The machine under a run: its device and number format, autocast, torch.compile where it works, its processes."""
+"""The machine under a run: its device and number format, autocast, torch.compile where it works, the processes and the
+signals that stop them, its memory's end."""
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -139,3 +143,38 @@ def join_processes(backend: str, device: str) -> Processes:
         # torchrun gives each process a single thread unless told otherwise
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     return Processes(rank, local_rank, world_size, dist.new_group(backend="gloo"))
+
+
+class StopSignal:
+    """Notes Ctrl-C and SIGTERM, so that the step under way is finished first; a second Ctrl-C leaves at once."""
+
+    def __init__(self):
+        self.received, self.at = 0, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        # torchrun passes on the Ctrl-C that the terminal has sent to every process already: one press, not two
+        if self.received and number == signal.SIGINT and now - self.at > 1:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self.at = number, now
+
+
+@contextmanager
+def memory_error_told() -> Iterator[None]:
+    """Running out of memory ends with a sentence; no batch is skipped or shrunk behind the user's back."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if (
+            type(error) is RuntimeError
+            and "allocate memory" not in str(error)
+            and "not enough memory" not in str(error)
+        ):
+            raise
+        raise UserError(
+            "out of memory: halve batch_size and double gradient_accumulation_steps, which computes the same, "
+            "or lower block_size"
+        ) from error

@@ -61,10 +61,7 @@ config = configure(globals())
 
 import math
 import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +70,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from device import Processes, autocast, choose_device, choose_dtype, compiled, join_processes
+from device import (
+    Processes,
+    StopSignal,
+    autocast,
+    choose_device,
+    choose_dtype,
+    compiled,
+    join_processes,
+    memory_error_told,
+)
 from generate import generate_text, prompt_ids
 from loader import (
     Tokens,
@@ -127,24 +133,6 @@ class Run:
             self.log.write(kind=kind, **figures)
         if self.wandb:
             self.wandb.log({k if k == "iter" else f"{kind}/{k}": v for k, v in figures.items()})
-
-
-@contextmanager
-def memory_error_told() -> Iterator[None]:
-    """Running out of memory ends with a sentence; no batch is skipped or shrunk behind the user's back."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if (
-            type(error) is RuntimeError
-            and "allocate memory" not in str(error)
-            and "not enough memory" not in str(error)
-        ):
-            raise
-        raise UserError(
-            "out of memory: halve batch_size and double gradient_accumulation_steps, which computes the same, "
-            "or lower block_size"
-        ) from error
 
 
 @memory_error_told()
@@ -210,7 +198,7 @@ def main(c: Config) -> None:
             since, timed = now, 0
         if p.sequences_seen // epoch_length > (p.sequences_seen - per_step) // epoch_length:
             end_epoch(r, done, p.sequences_seen // epoch_length)
-        if signal_number := r.processes.largest(stop.received):
+        if (signal_number := r.processes.largest(stop.received)) and p.iter_num < c.max_iters:
             check_finite(r, norm)
             leave(r, signal_number)
 
@@ -518,23 +506,6 @@ def diverged(r: Run) -> str:
         f"saved over the checkpoints in {r.c.out_dir}; lower learning_rate, or raise warmup_iters, and start again, or "
         f"go on from the last good state with --init_from=resume"
     )
-
-
-class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the step under way is finished first; a second Ctrl-C leaves at once."""
-
-    def __init__(self):
-        self.received, self.at = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
-
-    def note(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        # torchrun passes on the Ctrl-C that the terminal has sent to every process already: one press, not two
-        if self.received and number == signal.SIGINT and now - self.at > 1:
-            raise KeyboardInterrupt
-        if not self.received:
-            self.received, self.at = number, now
 
 
 def leave(r: Run, signal_number: int) -> None:
