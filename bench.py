@@ -37,9 +37,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from device import autocast, choose_device, choose_dtype, compiled
+from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
 from loader import dataset_folder, open_split, sequence_starts
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, derive_seed
 
 
 def random_windows(c: Config):
@@ -72,6 +72,7 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@memory_error_told()
 def main(c: Config) -> None:
     if c.num_steps < 1:
         raise UserError(f"num_steps={c.num_steps}: expected at least 1")
@@ -86,7 +87,7 @@ def main(c: Config) -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr if c.json else sys.stdout)
 
-    torch.manual_seed(c.seed)
+    torch.manual_seed(derive_seed(c.seed))
     try:
         windows = real_windows(c) if c.real_data else random_windows(c)
     except UserError:
@@ -103,12 +104,15 @@ def main(c: Config) -> None:
         f"{model.get_num_params() / 1e6:.2f}M parameters, {c.batch_size} x {c.block_size} tokens, {c.device}, {c.dtype}"
     )
 
-    def step(module: torch.nn.Module, number: int = 0) -> float:
+    c.compile = c.compile and can_compile(c.device)
+    fast = torch.compile(model) if c.compile else model
+
+    def step(number: int = 0) -> float:
         """One iteration, waited for: seconds."""
         started = time.perf_counter()
         x, y = (t.to(c.device) for t in windows(number))
         with ctx:
-            _, loss = module(x, y)
+            _, loss = fast(x, y)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -117,16 +121,14 @@ def main(c: Config) -> None:
         return time.perf_counter() - started
 
     started = time.perf_counter()
-    fast = compiled(model, c.device, step) if c.compile else model
-    if fast is model:
-        step(model)
+    try_compiled(step) if c.compile else step()
     first_step = time.perf_counter() - started
-    say(f"first step{', compiling' if fast is not model else ''}: {first_step:.2f}s")
+    say(f"first step{', compiling' if c.compile else ''}: {first_step:.2f}s")
 
     def repeat(steps: int) -> list[float]:
         times, until = [], time.perf_counter() + c.max_seconds
         while len(times) < max(1, steps) and (not times or time.perf_counter() < until):
-            times.append(step(fast, len(times)))
+            times.append(step(len(times)))
         return times
 
     repeat(c.num_steps // 2)
@@ -145,7 +147,7 @@ def main(c: Config) -> None:
         "first_step_seconds": first_step,
         "iterations": len(times),
         "parameters": model.get_num_params(non_embedding=False),
-        "compiled": fast is not model,
+        "compiled": c.compile,
         "torch": torch.__version__,
         "machine": torch.cuda.get_device_name(c.device) if kind == "cuda" else f"{torch.get_num_threads()} CPU threads",
         "config": dict(vars(c)),

@@ -4,12 +4,13 @@
     last.pt       the newest complete state: the same, and what resuming needs besides
     last.prev.pt  the one before
     log.jsonl     a JSON object a line, one for each logged step, evaluation, epoch and sample
-    previous/     what a run started from scratch found here
+    previous/     what a run started from scratch found here (then previous-2/, and so on)
 
 A file is either the old one, whole, or the new one, whole: it is written beside, flushed, fsynced and renamed. What is
 loaded is verified first, by the CRC-32 that the zip inside a .pt holds for every record, and is never unpickled code.
 """
 
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from configurator import UserError, user_errors
+from configurator import UserError, note, user_errors
 from loader import dataset_folder
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_meta
@@ -31,8 +32,8 @@ from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_meta
 RUN_FILES = ("ckpt.pt", "last.pt", "last.prev.pt", "log.jsonl")
 
 
-def open_out_dir(out_dir: str, fresh: bool) -> Path:
-    """The run's folder, made if need be. A fresh run first moves what an earlier one left there to previous/."""
+def open_out_dir(out_dir: str, resumed_from: Path | None) -> Path:
+    """The run's folder, made if need be. A run from scratch keeps what an earlier one left there in previous/."""
     folder = Path(out_dir)
     with user_errors(OSError, about=f"out_dir={out_dir} cannot be made or written to"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,20 +41,19 @@ def open_out_dir(out_dir: str, fresh: bool) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
         found = [folder / name for name in RUN_FILES if (folder / name).is_file()]
-        if fresh and found:
-            previous = folder / "previous"
-            previous.mkdir(exist_ok=True)
-            for name in RUN_FILES:
-                (previous / name).unlink(missing_ok=True)
+        if resumed_from and resumed_from.name != "last.pt" and folder / "last.pt" in found:
+            os.replace(folder / "last.pt", folder / "last.damaged.pt")  # so that it never replaces the good one before
+        if found and not resumed_from:
+            names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
+            previous = next(folder / name for name in names if not (folder / name).exists())
+            previous.mkdir()
             for path in found:
                 _keep(path, previous / path.name)
             # The old ckpt.pt and last.pt stay until this run has its own: out_dir is never without a checkpoint. The
             # old last.prev.pt must go, or it could be resumed instead of a younger last.pt of this run.
             (folder / "last.prev.pt").unlink(missing_ok=True)
             (folder / "log.jsonl").unlink(missing_ok=True)
-            print(
-                f"{out_dir} holds an earlier run: its files are kept in {previous} (init_from=resume continues a run)"
-            )
+            note(f"note: {out_dir} holds an earlier run (init_from=resume continues it); it is kept in {previous}")
     return folder
 
 
@@ -82,6 +82,8 @@ def _keep(path: Path, copy: Path) -> None:
         os.link(path, temporary)
     except OSError:
         shutil.copy2(path, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
     os.replace(temporary, copy)
 
 
@@ -104,14 +106,14 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as records:
             broken = records.testzip()
-    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, RuntimeError) as error:
         raise UserError(f"{damaged} ({error}); use another, such as last.prev.pt beside it") from error
     if broken:
         raise UserError(f"{damaged} (checksum of {broken}); use another, such as last.prev.pt beside it")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path} does not load as tensors and plain values, and no code in it is run: {reason}"
         ) from error
@@ -136,20 +138,29 @@ def newest(out_dir: str) -> tuple[Path, dict[str, Any]]:
     """The state from which a run resumes: the highest iter_num among last.pt and last.prev.pt that is whole, else
     ckpt.pt, so that nanoGPT's folders resume too. UserError where there is none."""
     folder = Path(out_dir)
-    found, problems = [], []
-    for path in (folder / "last.pt", folder / "last.prev.pt", folder / "ckpt.pt"):
-        if path.name == "ckpt.pt" and found or not path.is_file():
+    complete = sorted((folder / "last.pt", folder / "last.prev.pt"), key=_updates_in, reverse=True)
+    problems = []
+    for path in (*complete, folder / "ckpt.pt"):
+        if not path.is_file():
             continue
         try:
-            found.append((path, load(path)))
+            state = load(path)
         except UserError as error:
             problems.append(str(error))
-    if not found:
-        why = f": {'; '.join(problems)}" if problems else " (looked for last.pt, last.prev.pt and ckpt.pt)"
-        raise UserError(f"no checkpoint to resume in {out_dir}{why}")
-    for problem in problems:
-        print(f"warning: {problem}; going on from {found[0][0]}")
-    return max(found, key=lambda pair: pair[1]["iter_num"])
+            continue
+        for problem in problems:
+            note(f"warning: {problem}; going on from {path}")
+        return path, state
+    why = f": {'; '.join(problems)}" if problems else " (looked for last.pt, last.prev.pt and ckpt.pt)"
+    raise UserError(f"no checkpoint to resume in {out_dir}{why}")
+
+
+def _updates_in(path: Path) -> float:
+    """A checkpoint's iter_num, read without its tensors; infinite where it cannot be read, so that load() tells why."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["iter_num"])
+    except Exception:  # a damaged file can raise nearly anything here
+        return math.inf
 
 
 def best(source: str) -> tuple[Path, dict[str, Any]]:
@@ -185,9 +196,14 @@ def tokenizer_of(state: dict[str, Any], where: str | Path) -> Tokenizer:
                 f"{where} does not hold its tokenizer, and its dataset {name!r} with meta.pkl is not under data/"
             ) from None
         tokenizer = tokenizer_from_meta({"kind": "gpt2"}, str(where))
-    if tokenizer.vocab_size > state["model_args"]["vocab_size"]:
+    if not fits(tokenizer, state["model_args"]["vocab_size"]):
         raise UserError(f"{where} was trained on another vocabulary than the one that is now in data/{name}")
     return tokenizer
+
+
+def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Whether a model of this vocab_size can be this tokenizer's; GPT-2's may be padded."""
+    return tokenizer.vocab_size == vocab_size or tokenizer.kind == "gpt2" and tokenizer.vocab_size < vocab_size
 
 
 def load_tokenizer_of(source: str) -> Tokenizer:
@@ -230,7 +246,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, state: dict[str
     elif state.get("optimizer"):
         loaded = dict(state["optimizer"]["state"])
     else:
-        print(f"note: {where} holds no optimizer state; its moments start from zero")
+        note(f"note: {where} holds no optimizer state; its moments start from zero")
         return
     if loaded and len(loaded) != len(params):
         raise UserError(f"{where}: its optimizer has {len(loaded)} parameters, this model {len(params)}")
@@ -247,16 +263,21 @@ class Log:
 
     def __init__(self, folder: Path, start: int):
         path = folder / "log.jsonl"
-        if path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _iteration(line) < start]
-            temporary = path.with_name("log.jsonl.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
+        with user_errors(OSError, about=f"{path} cannot be written"):
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+                temporary = path.with_name("log.jsonl.tmp")
+                with open(temporary, "w", encoding="utf-8") as file:
+                    file.writelines(line + "\n" for line in lines if _iteration(line) < start)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            self.file = open(path, "a", encoding="utf-8", buffering=1)
 
     def write(self, **record: Any) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+        with user_errors(OSError, about="log.jsonl cannot be written"):
+            self.file.write(json.dumps(finite, ensure_ascii=False) + "\n")
 
 
 def _iteration(line: str) -> float:

@@ -27,6 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+SCOPES += (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 EXPECTED = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
@@ -68,7 +70,8 @@ def run(main: Callable[..., Any], *args: Any) -> Any:
     try:
         return main(*args)
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"{Path(sys.argv[0]).name}: {f'process {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -130,9 +133,9 @@ def _override(values: dict[str, Any], namespace: dict[str, Any], positionals: Se
                 give(key, value, f"{word}: {key} = {value!r}")
                 from_command_line.discard(key)
             if unused:
-                _say(f"note: {word} also sets {', '.join(unused)}, which {script} does not use")
+                note(f"note: {word} also sets {', '.join(unused)}, which {script} does not use")
     if config.given:
-        _say("overriding: " + ", ".join(f"{k} = {getattr(config, k)!r}" for k in config.given))
+        note("overriding: " + ", ".join(f"{k} = {getattr(config, k)!r}" for k in config.given))
     return config
 
 
@@ -144,7 +147,7 @@ def coerce(value: Any, default: Any, where: str) -> Any:
         if word in TRUE | FALSE:
             return word in TRUE
     elif kind is list:
-        return [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [str(value)]
+        return [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
     elif kind is str and isinstance(value, str | os.PathLike):
         return str(value)
     elif kind in (int, float) and not isinstance(value, bool):
@@ -192,10 +195,18 @@ def read_config_file(path: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == str(path) else line
             trace = trace.tb_next
         raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
-    stored = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-    assigned = [name for name in dict.fromkeys(stored) if name in names]
+    assigned = [name for name in dict.fromkeys(_stored(tree)) if name in names]
     unused = [n for n in assigned if n not in values and not n.startswith("_") and not callable(names[n])]
     return {name: names[name] for name in assigned if name in values}, unused
+
+
+def _stored(node: ast.AST) -> Iterator[str]:
+    """The names that a module's own code assigns, not those inside its functions and comprehensions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id
+        elif not isinstance(child, SCOPES):
+            yield from _stored(child)
 
 
 def help_text(values: dict[str, Any], namespace: dict[str, Any]) -> str:
@@ -226,7 +237,7 @@ def help_text(values: dict[str, Any], namespace: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _say(text: str) -> None:
-    """To stderr, and under torchrun by the first process alone."""
+def note(text: str) -> None:
+    """A line on stderr, under torchrun from the first process alone."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)

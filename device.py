@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from configurator import UserError, note
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,7 +24,8 @@ def choose_device(device: str, local_rank: int | None = None) -> str:
     UserError where the device is not there.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available() and local_rank is None  # gloo cannot add up what is on a Metal GPU
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -37,6 +38,8 @@ def choose_device(device: str, local_rank: int | None = None) -> str:
             raise UserError(f"device=cuda:{index}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
         device = f"cuda:{index}"
         torch.cuda.set_device(device)
+    elif kind == "mps" and local_rank is not None:
+        raise UserError("device=mps: several processes cannot share their gradients there; use --device=cpu")
     elif kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: PyTorch finds no Metal GPU here; use --device=cpu")
     elif kind not in ("cpu", "mps"):
@@ -63,27 +66,29 @@ def autocast(device: str, dtype: str) -> AbstractContextManager:
     return torch.autocast(device_type=torch.device(device).type, dtype=DTYPES[dtype])
 
 
-def compiled(module: torch.nn.Module, device: str, probe: Callable[[torch.nn.Module], None]) -> torch.nn.Module:
-    """torch.compile(module), tried out by probe(module); the module itself, with a line that says why, where
-    compiling does not work: no C++ compiler, no Triton, a GPU older than compute capability 7.0."""
+def can_compile(device: str) -> bool:
+    """Whether torch.compile has what it needs; a line says what is missing."""
     if device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] < 7:
-        print("note: this GPU is too old for torch.compile (compute capability below 7.0); running without it")
-        return module
+        note("note: this GPU is too old for torch.compile (compute capability below 7.0); running without it")
+        return False
     # inductor looks for a compiler only once it has traced everything, and then fails with pages of log
     if not device.startswith("cuda") and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        print("note: torch.compile needs a C++ compiler, and there is none; running without it")
-        return module
+        note("note: torch.compile needs a C++ compiler, and there is none; running without it")
+        return False
+    return True
+
+
+def try_compiled(probe: Callable[[], Any]) -> None:
+    """Calls probe(), which calls what torch.compile made. Where that fails, a line says why, and from then on all that
+    was compiled in this process runs as plain PyTorch."""
     try:
-        faster = torch.compile(module)
-        probe(faster)
-        return faster
+        probe()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # the compiler stack raises many kinds; eager mode needs none of it
+    except Exception as error:  # the compiler stack raises many kinds; plain PyTorch needs none of it
         reason = (str(error).strip().splitlines() or [""])[0][:160]
-        print(f"note: torch.compile failed ({type(error).__name__}: {reason}); running without it")
-        torch._dynamo.reset()
-        return module
+        note(f"note: torch.compile failed ({type(error).__name__}: {reason}); running without it")
+        torch.compiler.set_stance("force_eager")
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,18 @@ class Processes:
             dist.all_reduce(values, group=self.control)
         return values
 
+    def first(self, work: Callable[[], Any]) -> Any:
+        """What work() gives in the first process, None in the others. A UserError there ends them all."""
+        result = error = None
+        if self.master:
+            try:
+                result = work()
+            except UserError as mistake:
+                error = mistake
+        if self.largest(int(error is not None)):
+            raise error or SystemExit(2)
+        return result
+
     def largest(self, value: int) -> int:
         """The largest of the processes' values."""
         if self.world_size == 1:
@@ -132,16 +149,17 @@ class Processes:
 
 def join_processes(backend: str, device: str) -> Processes:
     """The processes that torchrun started, joined by nccl on GPUs and gloo on CPUs; or this one alone."""
-    if "RANK" not in os.environ:
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= set(os.environ):
         return Processes()
-    on_gpu = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if backend not in ("nccl", "gloo"):
         raise UserError(f"backend={backend}: expected nccl or gloo")
     dist.init_process_group(backend if on_gpu and dist.is_nccl_available() else "gloo")
     rank, local_rank, world_size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if not on_gpu:
         # torchrun gives each process a single thread unless told otherwise
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     return Processes(rank, local_rank, world_size, dist.new_group(backend="gloo"))
 
 
@@ -160,6 +178,8 @@ class StopSignal:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self.at = number, now
+            if os.environ.get("RANK", "0") == "0":  # not print, which a signal may have interrupted
+                os.write(2, b"stopping after this step, then saving (Ctrl-C again: at once, without saving)\n")
 
 
 @contextmanager
@@ -167,12 +187,9 @@ def memory_error_told() -> Iterator[None]:
     """Running out of memory ends with a sentence; no batch is skipped or shrunk behind the user's back."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if (
-            type(error) is RuntimeError
-            and "allocate memory" not in str(error)
-            and "not enough memory" not in str(error)
-        ):
+    except (MemoryError, RuntimeError) as error:
+        signs = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")  # CUDA, MPS, CPU, cuBLAS
+        if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in signs):
             raise
         raise UserError(
             "out of memory: halve batch_size and double gradient_accumulation_steps, which computes the same, "

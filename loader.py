@@ -151,7 +151,7 @@ def training_batches(
     """(global micro-step, x, y) without end, from sequence number `first` on: this process's share of each step.
 
     A step takes batch_size * micro_steps sequences over all processes; of its micro-steps, process r takes
-    r, r + world_size, ... The next batch is read, and on CUDA pinned and sent, while the caller works on this one.
+    r, r + world_size, ... The next batch is read, and for CUDA pinned, while the caller works on this one.
     """
     cuda = device.startswith("cuda")
 

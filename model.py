@@ -13,6 +13,7 @@ References: Radford et al. 2019 (GPT-2), https://github.com/openai/gpt-2, and th
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -205,7 +206,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 drawn = logits.argmax(-1, keepdim=True)
             else:
-                logits = logits / temperature
+                logits = (logits - logits.amax(-1, keepdim=True)) / temperature
                 if top_k:
                     least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -torch.inf)
@@ -231,7 +232,8 @@ class GPT(nn.Module):
         seconds; None where the device's peak is unknown (a CPU, or a card that is not in PEAK_FLOPS)."""
         device = self.lm_head.weight.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peak = next((PEAK_FLOPS[k] for k in sorted(PEAK_FLOPS, key=len, reverse=True) if k in name), None)
+        known = [k for k in PEAK_FLOPS if re.search(rf"\b{k}\b", name)]  # "A100", but not inside "RTX A1000"
+        peak = PEAK_FLOPS[max(known, key=len)] if known else None
         return peak and self.estimate_flops() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, eps=1e-8) -> torch.optim.AdamW:

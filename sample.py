@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from device import autocast, choose_device, choose_dtype, compiled
+from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
 from generate import check_sampling, generate_text, prompt_ids
 from model import derive_seed
 
@@ -46,6 +46,7 @@ def read_prompt(start: str) -> str:
         raise UserError(f"start=FILE:{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
+@memory_error_told()
 def main(c: Config) -> None:
     check_sampling(c.max_new_tokens, c.temperature, c.top_k)
     if c.num_samples < 1:
@@ -63,13 +64,14 @@ def main(c: Config) -> None:
     prompt_ids(tokenizer, prompt)
     model.eval().to(c.device)
     ctx = autocast(c.device, c.dtype)
-    if c.compile:
+    if c.compile and can_compile(c.device):
+        model.forward = torch.compile(model.forward)
 
-        def probe(module: torch.nn.Module) -> None:
+        def probe() -> None:
             with torch.no_grad(), ctx:
-                module(torch.zeros(1, min(8, model.config.block_size), dtype=torch.long, device=c.device))
+                model(torch.zeros(1, min(8, model.config.block_size), dtype=torch.long, device=c.device))
 
-        model.forward = compiled(model, c.device, probe).forward
+        try_compiled(probe)
     for k in range(c.num_samples):
         with ctx:
             text = generate_text(

@@ -300,6 +300,15 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error}); run the dataset's prepare.py again") from error
     if not isinstance(meta, dict):
         raise UserError(f"{path} is not a JSON object; run the dataset's prepare.py again")
+    files = meta.get("files", {})
+    sound = (
+        meta.get("dtype", "uint16") in ("uint16", "uint32")
+        and isinstance(meta.get("max_id", 0), int)
+        and isinstance(files, dict)
+        and all(isinstance(file, dict) and isinstance(file.get("bytes", 0), int) for file in files.values())
+    )
+    if not sound:
+        raise UserError(f'{path} has a wrong "dtype", "max_id" or "files"; run the dataset\'s prepare.py again')
     return meta
 
 

@@ -8,7 +8,7 @@
 Ctrl-C ends a run after the step that it is in and saves it; init_from=resume goes on from there, exactly.
 """
 
-from configurator import Config, UserError, coerce, configure, run, user_errors
+from configurator import Config, UserError, coerce, configure, note, run, user_errors
 
 # I/O
 out_dir = "out"  # where checkpoints and the log go
@@ -60,9 +60,8 @@ compile = True  # torch.compile, where there is a compiler: a slow first step, t
 config = configure(globals())
 
 import math
-import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +73,12 @@ from device import (
     Processes,
     StopSignal,
     autocast,
+    can_compile,
     choose_device,
     choose_dtype,
-    compiled,
     join_processes,
     memory_error_told,
+    try_compiled,
 )
 from generate import generate_text, prompt_ids
 from loader import (
@@ -120,6 +120,8 @@ class Run:
     out: Path | None = None
     log: checkpoint.Log | None = None
     wandb: Any = None
+    norm: torch.Tensor | float = 0.0  # of the last iteration's gradients, before clipping
+    own: set[str] = field(default_factory=set)  # which files in out are this run's, not an earlier one's
     started_at: int = 0  # the iteration from which this process goes on
     epoch_clock: float = 0.0  # when the time of the epoch was last added up
 
@@ -140,7 +142,8 @@ def main(c: Config) -> None:
     r, train, val = prepare(c)
     p = r.progress
     if p.iter_num >= c.max_iters and not c.eval_only:
-        return r.say(f"nothing left to do: all {c.max_iters:,} iterations are done; a larger --max_iters goes on")
+        r.say(f"nothing left to do: all {c.max_iters:,} iterations are done; a larger --max_iters goes on")
+        return r.processes.end()
     micro_steps = c.gradient_accumulation_steps // r.processes.world_size
     per_step = c.batch_size * c.gradient_accumulation_steps
     epoch_length = blocks_per_epoch(len(train.ids), c.block_size)
@@ -150,7 +153,7 @@ def main(c: Config) -> None:
         train, c.block_size, c.batch_size, c.gradient_accumulation_steps, r.model.config.vocab_size, c.seed,
         p.sequences_seen, r.processes.rank, r.processes.world_size, c.device,
     )  # fmt: skip
-    stop = StopSignal()
+    stop = None if c.eval_only else StopSignal()
     since = r.epoch_clock = time.perf_counter()
     timed = 0
 
@@ -175,14 +178,14 @@ def main(c: Config) -> None:
             micro_step, x, y = next(batches)
             if c.dropout:
                 torch.manual_seed(derive_seed(c.seed, p.iter_num, micro_step))
-            if model is not fast:  # under DDP, gradients travel once, after the last micro-step
+            if r.processes.world_size > 1:  # gradients travel once, after the last micro-step
                 model.require_backward_grad_sync = k == micro_steps - 1
             with ctx:
                 _, micro_loss = model(x, y)
             r.scaler.scale(micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps
         r.scaler.unscale_(r.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(r.model.parameters(), c.grad_clip or math.inf)
+        r.norm = torch.nn.utils.clip_grad_norm_(r.model.parameters(), c.grad_clip or math.inf)
         r.scaler.step(r.optimizer)
         r.scaler.update()
         r.optimizer.zero_grad(set_to_none=True)
@@ -192,17 +195,18 @@ def main(c: Config) -> None:
         p.iter_num, p.sequences_seen = p.iter_num + 1, p.sequences_seen + per_step
         p.epoch_loss, p.epoch_iters = p.epoch_loss + loss, p.epoch_iters + 1
         if done % c.log_interval == 0:
-            check_finite(r, norm)
+            check_finite(r)
             now = time.perf_counter()
-            report(r, done, loss.item(), lr, norm.item(), (now - since) / timed, per_step)
+            report(r, done, loss.item(), lr, r.norm.item(), (now - since) / timed, per_step)
             since, timed = now, 0
         if p.sequences_seen // epoch_length > (p.sequences_seen - per_step) // epoch_length:
             end_epoch(r, done, p.sequences_seen // epoch_length)
         if (signal_number := r.processes.largest(stop.received)) and p.iter_num < c.max_iters:
-            check_finite(r, norm)
             leave(r, signal_number)
 
     if not c.eval_only:
+        if c.epochs and p.epoch_iters:  # the last one, which rounding to whole iterations may have cut short
+            end_epoch(r, p.iter_num - 1, c.epochs)
         r.say(
             f"done: {p.iter_num:,} iterations, best val loss {p.best_val_loss:.4f}; "
             f"python sample.py --out_dir={c.out_dir}"
@@ -221,12 +225,11 @@ def prepare(c: Config) -> tuple[Run, Tokens, Tokens]:
 
     folder = dataset_folder(c.dataset)
     tokenizer = load_tokenizer(folder)
-    torch.manual_seed(c.seed)
+    torch.manual_seed(derive_seed(c.seed))
     model = build_model(c, path, state, tokenizer)
     train, val = open_split(folder, "train", c.block_size), open_split(folder, "val", c.block_size)
-    if processes.master:
-        for tokens in (train, val):
-            check_vocabulary(tokens, read_meta(folder), model.config.vocab_size)
+    meta, vocab_size = read_meta(folder), model.config.vocab_size
+    processes.first(lambda: [check_vocabulary(tokens, meta, vocab_size) for tokens in (train, val)])
     per_step = c.batch_size * c.gradient_accumulation_steps
     epoch_length = blocks_per_epoch(len(train.ids), c.block_size)
     if c.epochs:
@@ -252,16 +255,21 @@ def prepare(c: Config) -> tuple[Run, Tokens, Tokens]:
         r.progress = Progress(state["iter_num"], state.get("sequences_seen", seen), state["best_val_loss"])
         for key, value in state.get("epoch", {}).items():
             setattr(r.progress, key, value)
-        r.started_at = r.progress.iter_num
+        r.started_at, r.own = r.progress.iter_num, {"ckpt.pt", "last.pt"}
         r.say(f"resuming from {path} at iteration {r.started_at:,}")
     if c.sample_interval:
         for prompt in c.sample_prompts:
             prompt_ids(tokenizer, prompt)
-    if processes.master and not c.eval_only and r.progress.iter_num < c.max_iters:
-        r.out = checkpoint.open_out_dir(c.out_dir, fresh=not state)
-        r.log = checkpoint.Log(r.out, r.progress.iter_num)
-        r.wandb = start_wandb(c) if c.wandb_log else None
+    if not c.eval_only and r.progress.iter_num < c.max_iters:
+        processes.first(lambda: open_files(r, path))
     return r, train, val
+
+
+def open_files(r: Run, resumed_from: Path | None) -> None:
+    """Where the first process writes to; last of all, so that a mistake has left an earlier run's files alone."""
+    r.wandb = start_wandb(r.c) if r.c.wandb_log else None
+    r.out = checkpoint.open_out_dir(r.c.out_dir, resumed_from)
+    r.log = checkpoint.Log(r.out, r.progress.iter_num)
 
 
 def inherit(c: Config, saved: dict[str, Any]) -> None:
@@ -313,11 +321,12 @@ def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: 
         with user_errors(ValueError):
             return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(c, key) for key in keys}))
     if state:
-        model, theirs = checkpoint.model_of(state, path, c.dropout), checkpoint.tokenizer_of(state, path)
+        model = checkpoint.model_of(state, path, c.dropout)
+        theirs = checkpoint.tokenizer_of(state, path) if "tokenizer" in state else None
     else:
         model, theirs = checkpoint.pretrained(c.init_from, c.dropout)
     source = path or c.init_from
-    if theirs is None and tokenizer.vocab_size != model.config.vocab_size or theirs not in (None, tokenizer):
+    if theirs not in (None, tokenizer) or not checkpoint.fits(tokenizer, model.config.vocab_size):
         raise UserError(
             f"the dataset {c.dataset} has another tokenizer than {source}: prepare it with --tokenizer={source}"
         )
@@ -326,14 +335,15 @@ def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: 
         if key in c.given and own != asked:
             if state:
                 raise UserError(f"{key}={asked} is set, but {source} has {own}: a resumed run keeps its architecture")
-            if os.environ.get("RANK", "0") == "0":
-                print(f"note: {key}={own} comes from {source}, not {asked}")
+            note(f"note: {key}={own} comes from {source}, not {asked}")
         setattr(c, key, own)
     if c.block_size > model.config.block_size:
-        if "block_size" in c.given:
+        if "block_size" in c.given and state:
             raise UserError(
                 f"block_size={c.block_size} is set, but {source} has a context of {model.config.block_size}"
             )
+        if "block_size" in c.given:
+            note(f"note: block_size={model.config.block_size} comes from {source}, not {c.block_size}")
         c.block_size = model.config.block_size
     if c.block_size < model.config.block_size:
         model.crop_block_size(c.block_size)
@@ -343,22 +353,26 @@ def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: 
 def accelerate(r: Run, ctx) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The model, compiled where that works, for evaluation; and the same under DDP where there are many processes."""
     c = r.c
-
-    def probe(module: torch.nn.Module) -> None:
-        ids = torch.zeros(c.batch_size, c.block_size, dtype=torch.long, device=c.device)
-        with ctx:
-            _, loss = module(ids, ids)
-        loss.backward()
-        r.optimizer.zero_grad(set_to_none=True)
-
-    fast = r.model
-    if c.compile:
+    use_compile = c.compile and can_compile(c.device)
+    fast = model = torch.compile(r.model) if use_compile else r.model
+    if r.processes.world_size > 1 and not c.eval_only:
+        device_ids = [r.processes.local_rank] if c.device.startswith("cuda") else None
+        model = DistributedDataParallel(fast, device_ids=device_ids)
+    if use_compile:
         r.say("compiling the model... (takes a minute)")
-        fast = compiled(r.model, c.device, probe)
-    if r.processes.world_size == 1:
-        return fast, fast
-    device_ids = [r.processes.local_rank] if c.device.startswith("cuda") else None
-    return fast, DistributedDataParallel(fast, device_ids=device_ids)
+        ids = torch.zeros(c.batch_size, c.block_size, dtype=torch.long, device=c.device)
+
+        def probe() -> None:
+            with ctx:
+                _, loss = model(ids, ids)
+            loss.backward()
+
+        if not c.eval_only:
+            try_compiled(probe)
+            r.optimizer.zero_grad(set_to_none=True)
+        try_compiled(lambda: loss_and_accuracy(fast.eval(), ids, ids, ctx))
+        fast.train()
+    return fast, model
 
 
 def learning_rate_at(iter_num: int, c: Config) -> float:
@@ -384,12 +398,18 @@ def evaluate(r: Run, model: torch.nn.Module, tokens: Tokens, ctx) -> tuple[float
     for starts in offsets[r.processes.rank :: r.processes.world_size]:
         x, y = tokens.windows(starts, c.block_size, r.model.config.vocab_size)
         x, y = x.to(c.device), y.to(c.device)
-        with ctx:
-            logits, loss = model(x, y)
-        total += torch.tensor([loss.item(), (logits.argmax(-1) == y).float().mean().item(), 1.0])
+        total += torch.tensor([*loss_and_accuracy(model, x, y, ctx), 1.0])
     model.train()
     loss, hits, batches = r.processes.sum(total).tolist()
     return loss / batches, hits / batches
+
+
+@torch.no_grad()
+def loss_and_accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, ctx) -> tuple[float, float]:
+    """(mean loss in nats, share of the positions whose likeliest next token is right) of a batch."""
+    with ctx:
+        logits, loss = model(x, y)
+    return loss.item(), (logits.argmax(-1) == y).float().mean().item()
 
 
 def evaluate_and_save(r: Run, model: torch.nn.Module, train: Tokens, val: Tokens, ctx, epoch: float) -> None:
@@ -407,9 +427,10 @@ def evaluate_and_save(r: Run, model: torch.nn.Module, train: Tokens, val: Tokens
     r.record("eval", iter=p.iter_num, train_loss=train_loss, val_loss=val_loss, val_accuracy=accuracy, epoch=epoch)
     best = val_loss < p.best_val_loss
     p.best_val_loss = min(val_loss, p.best_val_loss)
-    if r.out and p.iter_num and (best or c.always_save_checkpoint):
+    if p.iter_num and (best or c.always_save_checkpoint):
         r.say(f"saving checkpoint to {c.out_dir}")
-        checkpoint.save(r.out / "ckpt.pt", state_of(r))
+        r.processes.first(lambda: checkpoint.save(r.out / "ckpt.pt", state_of(r)))
+        r.own.add("ckpt.pt")
     if p.iter_num > r.started_at:
         save_last(r)
 
@@ -429,9 +450,11 @@ def state_of(r: Run) -> dict[str, Any]:
 
 def save_last(r: Run) -> None:
     """last.pt: all that a resumed run needs to be the run that was never interrupted."""
+    check_finite(r)
     measure_epoch(r)
-    if r.out:
-        p = r.progress
+    p = r.progress
+
+    def work() -> None:
         more = {
             "sequences_seen": p.sequences_seen,
             "scaler": r.scaler.state_dict(),
@@ -442,7 +465,13 @@ def save_last(r: Run) -> None:
                 "epoch_seconds": p.epoch_seconds,
             },
         }
-        checkpoint.save(r.out / "last.pt", state_of(r) | more, keep_as=r.out / "last.prev.pt")
+        keep_as = r.out / "last.prev.pt" if "last.pt" in r.own else None
+        checkpoint.save(r.out / "last.pt", state_of(r) | more, keep_as)
+        r.own.add("last.pt")
+        if "ckpt.pt" not in r.own:  # an earlier run's, kept in previous/, would speak in this one's name
+            (r.out / "ckpt.pt").unlink(missing_ok=True)
+
+    r.processes.first(work)
 
 
 def report(r: Run, done: int, loss: float, lr: float, norm: float, dt: float, per_step: int) -> None:
@@ -468,6 +497,7 @@ def measure_epoch(r: Run) -> None:
 
 def end_epoch(r: Run, done: int, epochs: int) -> None:
     """The line of an epoch: its mean training loss and its time."""
+    check_finite(r)
     measure_epoch(r)
     p = r.progress
     mean = float(p.epoch_loss) / p.epoch_iters
@@ -493,10 +523,10 @@ def show_samples(r: Run, ctx) -> None:
     r.model.train()
 
 
-def check_finite(r: Run, norm: torch.Tensor) -> None:
+def check_finite(r: Run) -> None:
     """UserError once a loss was infinite or no number; it stays visible in the epoch's sum. A loss scaler skips
     iterations whose gradients overflow, so under one their norm may be infinite."""
-    if not math.isfinite(r.progress.epoch_loss) or not (r.scaler.is_enabled() or torch.isfinite(norm)):
+    if not math.isfinite(r.progress.epoch_loss) or not (r.scaler.is_enabled() or math.isfinite(r.norm)):
         raise UserError(diverged(r))
 
 
@@ -510,7 +540,6 @@ def diverged(r: Run) -> str:
 
 def leave(r: Run, signal_number: int) -> None:
     """Saves and exits as the signal asked, every process after the same step."""
-    r.say("stopping: saving this step (Ctrl-C once more to leave without)")
     save_last(r)
     r.say(
         f"saved at iteration {r.progress.iter_num}; "

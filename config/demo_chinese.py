@@ -4,10 +4,10 @@
 
 out_dir = "out-demo"
 dataset = "chinese"
-eval_interval = 200
+eval_interval = 275
 eval_iters = 20
 log_interval = 20
-sample_interval = 400
+sample_interval = 275
 sample_prompts = ["《"]
 sample_tokens = 60
 
@@ -21,8 +21,8 @@ n_embd = 128
 dropout = 0.0
 
 learning_rate = 3e-3
-max_iters = 1800
-lr_decay_iters = 1800
+max_iters = 1100
+lr_decay_iters = 1100
 min_lr = 0.0
 warmup_iters = 50
 beta2 = 0.99

@@ -73,7 +73,8 @@ def open_inputs(inputs: list[str], encoding: str) -> Source:
     except (LookupError, UnicodeError) as error:
         raise UserError(f"--encoding={encoding}: no such text encoding; try utf-8, gb18030, big5 or utf-16") from error
     files = files_in(inputs, (".txt",))
-    return Source(tuple(files), encoding, "text" if len(files) == 1 else "files")
+    lone = len(files) == 1 and not Path(inputs[0]).is_dir()
+    return Source(tuple(files), encoding, "text" if lone else "files")
 
 
 def files_in(inputs: list[str], suffixes: tuple[str, ...]) -> list[Path]:
@@ -239,12 +240,12 @@ def prepare(
                 counts.add(piece)
                 lengths[-1] += len(piece)
     lengths = lengths if lengths[-1] else lengths[:-1]
-    characters, separate = sum(lengths), len(lengths) > 1
+    characters, ended = sum(lengths), source.mode != "text"  # whether end-of-text follows each document
     named = str(source.files[0]) if len(source.files) == 1 else f"these {len(source.files)} files"
     if not characters:
         raise UserError(f"{named}: there is no text in it")
     cut = int(characters * (1 - val_fraction))
-    if separate:
+    if len(lengths) > 1:
         starts = np.cumsum([0, *lengths[:-1]])
         first = int(np.searchsorted(starts, characters * (1 - val_fraction)))
         cut = int(starts[min(first, len(lengths) - 1)])
@@ -253,13 +254,13 @@ def prepare(
             f"{named}: {characters} characters are too few to split with --val_fraction={val_fraction}; give more text"
         )
     if chosen is None:
-        chosen = char_tokenizer(counts, min_count, byte_fallback, separate)
+        chosen = char_tokenizer(counts, min_count, byte_fallback, ended)
     occurring, unknown = counts.characters(), counts.unknown(chosen)
     if unknown and not chosen.byte_fallback:
         raise chosen.unknown_error(_first_positions(source, chosen))
-    if separate and chosen.end_of_text is None:
+    if ended and chosen.end_of_text is None:
         raise UserError(
-            f"--tokenizer={tokenizer}: this vocabulary has no token to stand between {len(lengths)} documents; give "
+            f"--tokenizer={tokenizer}: this vocabulary has no token to end {len(lengths)} documents with; give "
             "one file, or --tokenizer=char for a new vocabulary"
         )
 
@@ -269,7 +270,7 @@ def prepare(
             if text is not None:
                 writer.write(split, chosen.encode(text), text)
                 done += len(text)
-            elif separate:
+            elif ended:
                 writer.write(split, np.array([chosen.end_of_text], chosen.dtype), END_OF_TEXT)
         if done != characters:
             raise UserError(f"{named}: the text changed while it was being read; run again")

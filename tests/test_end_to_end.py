@@ -136,6 +136,23 @@ def unigram_entropy(text: str) -> float:
     return float(-(p * p.log()).sum())
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler here")
+def test_sampling_compiled_says_the_same(straight_model, tmp_path):
+    asked = [f"--out_dir={straight_model}", "--start=却", "--num_samples=1", "--max_new_tokens=12", "--temperature=0"]
+    plain = run_script("sample.py", *asked, cwd=tmp_path)
+    done = run_script("sample.py", *asked, "--compile", cwd=tmp_path)
+    assert done.returncode == 0 and "running without it" not in done.stderr, done.stderr
+    assert done.stdout == plain.stdout and done.stdout.startswith("却")
+
+
+@pytest.fixture
+def straight_model(tmp_path) -> Path:
+    """An out_dir with a tiny model of the text above."""
+    done = run_script("train.py", *TINY_ARGS, broken_dataset(tmp_path, "fine"), "--max_iters=5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "out"
+
+
 def broken_dataset(folder: Path, what: str) -> str:
     source = folder / "text.txt"
     source.write_text(TEXT, encoding="utf-8")

@@ -65,7 +65,10 @@ def load(config: Config):  # -> datasets.Dataset
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
         raise UserError(f"cannot load {', '.join(config.input) or name} ({reason}): {remedy}") from error
     column = "text" if name == "text" else config.text_column
-    if column not in documents.column_names or documents.features[column].dtype not in ("string", "large_string"):
+    if column not in documents.column_names or getattr(documents.features[column], "dtype", "") not in (
+        "string",
+        "large_string",
+    ):
         columns = ", ".join(documents.column_names)
         raise UserError(f"--text_column={column}: there is no such column of text; the columns are {columns}")
     documents = documents.select_columns([column])
