@@ -284,14 +284,8 @@ def inherit(c: Config, saved: dict[str, Any]) -> None:
 
 def check(c: Config, world_size: int) -> None:
     """UserError for settings that make no sense."""
-    for key in (
-        "batch_size",
-        "block_size",
-        "gradient_accumulation_steps",
-        "eval_interval",
-        "eval_iters",
-        "log_interval",
-    ):
+    for key in ("batch_size", "block_size", "gradient_accumulation_steps",
+                "eval_interval", "eval_iters", "log_interval"):  # fmt: skip
         if getattr(c, key) < 1:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
     for key in ("max_iters", "epochs", "warmup_iters", "lr_decay_iters", "sample_interval", "sample_tokens",
