@@ -2,8 +2,8 @@
 
 Notable choices:
 - Everything is read twice in pieces: once to count characters (the vocabulary, the split), once to encode and write.
-- One file is one text: nanoGPT's cut, nothing added, so the .bin files are byte for byte nanoGPT's. Of several
-  documents each is followed by <|endoftext|>, and none is cut by the split.
+- One file is one text: nanoGPT's cut, nothing added, so the .bin files are byte for byte nanoGPT's. The documents of
+  a folder, or of several files, are each followed by <|endoftext|>, and the split falls between them.
 - GPT-2's BPE is only ever cut where its pre-tokenizer cuts too, so the pieces' ids are the whole text's ids.
 - The new files are written beside the old ones and replace them when all are whole and read back as the text.
 """

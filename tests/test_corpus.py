@@ -223,12 +223,13 @@ def test_split_falls_at_the_first_document_that_begins_there(tmp_path):
     assert slow_text(tmp_path / "out", "train") == "a" * 50 + END
 
 
-def test_folder_with_one_file_is_one_text(tmp_path):
+def test_folder_with_one_file_is_a_document_with_its_end(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "t.txt").write_text("ab\n" * 10 + "\n\n")
     meta = prepared("shakespeare_char", tmp_path / "out", f"--input={tmp_path / 'in'}")
-    assert ids(tmp_path / "out", "train") + ids(tmp_path / "out", "val") == [1, 2, 0] * 10 + [0, 0]
-    assert len(ids(tmp_path / "out", "train")) == int(32 * 0.9) and meta["documents"] == 1
+    # without its last newlines, cut inside (there is no other place), and <|endoftext|> at its end
+    assert ids(tmp_path / "out", "train") + ids(tmp_path / "out", "val") == [1, 2, 0] * 9 + [1, 2, 3]
+    assert len(ids(tmp_path / "out", "train")) == int(29 * 0.9) and meta["documents"] == 1
 
 
 # ---- in pieces
@@ -326,7 +327,7 @@ def test_nanogpts_vocabulary(tmp_path):
     words = f"--input={tmp_path / 't.txt'}", f"--tokenizer={tmp_path}"
     prepared("shakespeare_char", tmp_path / "out", *words)
     assert ids(tmp_path / "out", "train") == [2, 1, 0] * 9
-    refused(run("chinese", words[0], *words, f"--dest={tmp_path / 'out'}"), "no token to stand between 2 documents")
+    refused(run("chinese", words[0], *words, f"--dest={tmp_path / 'out'}"), "no token to end 2 documents with")
     # in the folder itself, the new meta.json takes the pickle's place
     prepared("shakespeare_char", tmp_path, *words)
     assert not (tmp_path / "meta.pkl").exists() and load_tokenizer(tmp_path).encode("ca").tolist() == [0, 2]

@@ -91,7 +91,7 @@ def main(config: Config) -> None:
         tokenizer = tokenizer or corpus.char_tokenizer(counts, config.min_count, config.byte_fallback, end_of_text=True)
         distinct, unknown = len(counts.characters()), sum(counts.unknown(tokenizer).values())
     if tokenizer.end_of_text is None:
-        raise UserError(f"--tokenizer={config.tokenizer}: this vocabulary has no token to stand between documents")
+        raise UserError(f"--tokenizer={config.tokenizer}: this vocabulary has no token to end documents with")
 
     def encode(batch: dict) -> dict:
         texts = [text or "" for text in batch["text"]]
