@@ -264,14 +264,15 @@ def prepare(
             "one file, or --tokenizer=char for a new vocabulary"
         )
 
-    with DatasetWriter(folder, chosen) as writer, progress_bar(size, "encoding") as progress:
+    with DatasetWriter(folder, chosen) as writer:
         done = 0
-        for split, text in _encodable(source.read(progress), cut, chosen):
-            if text is not None:
-                writer.write(split, chosen.encode(text), text)
-                done += len(text)
-            elif ended:
-                writer.write(split, np.array([chosen.end_of_text], chosen.dtype), END_OF_TEXT)
+        with progress_bar(size, "encoding") as progress:
+            for split, text in _encodable(source.read(progress), cut, chosen):
+                if text is not None:
+                    writer.write(split, chosen.encode(text), text)
+                    done += len(text)
+                elif ended:
+                    writer.write(split, np.array([chosen.end_of_text], chosen.dtype), END_OF_TEXT)
         if done != characters:
             raise UserError(f"{named}: the text changed while it was being read; run again")
         return writer.finish(
