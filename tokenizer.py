@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ GPT2_FILES = {  # what tiktoken looks for in TIKTOKEN_CACHE_DIR (the SHA-1 of th
 GPT2_CUT = re.compile(r"[^\W_](?=[\s。，、！？；：.,!?;:])")
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What every kind has. `dtype` is that of the ids, in arrays and in .bin files; `end_of_text` an id or None."""
 
     kind: str
@@ -41,17 +42,17 @@ class Tokenizer:
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
         return np.uint32 if self.vocab_size > 65536 else np.uint16
 
+    @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """The text's ids, [tokens] of `dtype`. UserError where the text cannot be expressed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 of these tokens, which may begin or end inside a character. ValueError for an id out of range."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last_cut(self, text: str, start: int = 0) -> int:
         """The last position after `start` where encoding the two sides apart is encoding the whole; 0 where none."""
-        raise NotImplementedError
 
     def meta(self) -> dict[str, Any]:
         """Plain values from which `tokenizer_from_meta` makes this tokenizer again."""

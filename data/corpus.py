@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from configurator import UserError, user_errors
+from configurator import Config, UserError, user_errors
 from tokenizer import (
     CODE_POINTS,
     END_OF_TEXT,
@@ -37,6 +37,10 @@ from tokenizer import (
 
 CHUNK = 2**20  # bytes read at once, and characters counted and checked at once
 SPLITS = ("train", "val")
+TINY_SHAKESPEARE = (  # its address and its SHA-256
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
 
 
 @dataclass(frozen=True)
@@ -217,16 +221,13 @@ def char_tokenizer(counts: CharacterCounts, min_count: int, byte_fallback: bool,
     return CharTokenizer("".join(counts.characters(min_count)), byte_fallback, end_of_text)
 
 
-def prepare(
-    source: Source,
-    folder: str | Path,
-    *,
-    tokenizer: str = "char",
-    val_fraction: float = 0.1,
-    min_count: int = 1,
-    byte_fallback: bool = True,
-) -> dict[str, Any]:
-    """Writes `source` as a dataset into `folder`, prints a summary, and gives meta.json. UserError where it cannot."""
+def prepare(source: Source, config: Config, here: Path) -> dict[str, Any]:
+    """Writes `source` as a dataset into config.dest, or `here`, prints a summary, and gives meta.json.
+
+    The config is that of a prepare.py: tokenizer, val_fraction, min_count, byte_fallback. UserError where it cannot.
+    """
+    folder, tokenizer, val_fraction = config.dest or here, config.tokenizer, config.val_fraction
+    min_count, byte_fallback = config.min_count, config.byte_fallback
     chosen = choose_tokenizer(tokenizer)
     check_options(chosen, val_fraction, min_count, byte_fallback)
     with user_errors(OSError, about="cannot read the text"):
@@ -450,6 +451,15 @@ def progress_bar(total: int, name: str, unit: str = "B") -> Iterator[Callable[[i
         return
     with tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=None) as bar:
         yield bar.update
+
+
+def tiny_shakespeare(here: Path) -> str:
+    """The path of tiny shakespeare, `here`/input.txt, downloaded if need be. UserError where it cannot be had."""
+    path = here / "input.txt"
+    url, sha256 = TINY_SHAKESPEARE
+    if not path.is_file():
+        fetch(url, path, sha256)
+    return str(path)
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:

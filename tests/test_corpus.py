@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpus
-from configurator import UserError
+from configurator import Config, UserError
 from tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +36,12 @@ def run(name: str, *words, cwd: Path | None = None, **env: str) -> subprocess.Co
     done.out = done.stdout.decode(env.get("PYTHONIOENCODING", "utf-8"))
     done.err = done.stderr.decode(env.get("PYTHONIOENCODING", "utf-8"), errors="replace")
     return done
+
+
+def options(**changed) -> Config:
+    """The settings of a prepare.py."""
+    settings = {"tokenizer": "char", "val_fraction": 0.1, "min_count": 1, "byte_fallback": True, "dest": ""}
+    return Config(**(settings | changed))
 
 
 def prepared(name: str, dest: Path, *words, **options) -> dict:
@@ -247,10 +253,10 @@ def test_pieces_have_the_ids_of_the_whole(text, chunk, val_fraction):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "t.txt")
             path.write_bytes(text.encode("utf-8"))
-            corpus.prepare(corpus.Source((path,)), folder, tokenizer="gpt2", val_fraction=val_fraction)
+            corpus.prepare(corpus.Source((path,)), options(tokenizer="gpt2", val_fraction=val_fraction), folder)
             assert ids(Path(folder), "train") == encoding.encode_ordinary(text[:cut])
             assert ids(Path(folder), "val") == encoding.encode_ordinary(text[cut:])
-            corpus.prepare(corpus.Source((path,)), folder, tokenizer="char", val_fraction=val_fraction)
+            corpus.prepare(corpus.Source((path,)), options(val_fraction=val_fraction), folder)
             assert ids(Path(folder), "train") == [chars.index(c) for c in text[:cut]]
             assert ids(Path(folder), "val") == [chars.index(c) for c in text[cut:]]
     finally:
@@ -280,7 +286,7 @@ def test_documents_in_pieces(text, chunk, mode):
 def test_stories_in_gpt2_tokens(tmp_path):
     encoding = pytest.importorskip("tiktoken").get_encoding("gpt2")
     stories = ROOT / "data" / "chinese" / "stories_zh.txt"
-    meta = corpus.prepare(corpus.Source((stories,), mode="blank"), tmp_path, tokenizer="gpt2")
+    meta = corpus.prepare(corpus.Source((stories,), mode="blank"), options(tokenizer="gpt2"), tmp_path)
     expected = []
     for story in stories.read_text(encoding="utf-8").strip("\n").split("\n\n"):
         expected += [*encoding.encode_ordinary(story), 50256]

@@ -33,14 +33,7 @@ def main(config: Config) -> None:
         source = corpus.open_inputs([str(here / "input.txt")], config.encoding)
     else:
         source = corpus.Source((here / "stories_zh.txt",), mode="blank", template="《{title}》\n{content}")
-    corpus.prepare(
-        source,
-        config.dest or here,
-        tokenizer=config.tokenizer,
-        val_fraction=config.val_fraction,
-        min_count=config.min_count,
-        byte_fallback=config.byte_fallback,
-    )
+    corpus.prepare(source, config, here)
 
 
 if __name__ == "__main__":

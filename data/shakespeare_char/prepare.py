@@ -23,22 +23,11 @@ config = configure(globals())
 
 import corpus
 
-URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
 
 def main(config: Config) -> None:
     here = Path(__file__).resolve().parent
-    if not config.input and not (here / "input.txt").is_file():
-        corpus.fetch(URL, here / "input.txt", SHA256)
-    corpus.prepare(
-        corpus.open_inputs(config.input or [str(here / "input.txt")], config.encoding),
-        config.dest or here,
-        tokenizer=config.tokenizer,
-        val_fraction=config.val_fraction,
-        min_count=config.min_count,
-        byte_fallback=config.byte_fallback,
-    )
+    source = corpus.open_inputs(config.input or [corpus.tiny_shakespeare(here)], config.encoding)
+    corpus.prepare(source, config, here)
 
 
 if __name__ == "__main__":
