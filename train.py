@@ -354,17 +354,17 @@ def accelerate(r: Run, ctx) -> tuple[torch.nn.Module, torch.nn.Module]:
         model = DistributedDataParallel(fast, device_ids=device_ids)
     if use_compile:
         r.say("compiling the model... (takes a minute)")
-        ids = torch.zeros(c.batch_size, c.block_size, dtype=torch.long, device=c.device)
+        x, y = (torch.zeros(c.batch_size, c.block_size, dtype=torch.long, device=c.device) for _ in range(2))
 
         def probe() -> None:
             with ctx:
-                _, loss = model(ids, ids)
+                _, loss = model(x, y)  # two tensors: for one, given twice, it would compile something else
             loss.backward()
 
         if not c.eval_only:
             try_compiled(probe)
             r.optimizer.zero_grad(set_to_none=True)
-        try_compiled(lambda: loss_and_accuracy(fast.eval(), ids, ids, ctx))
+        try_compiled(lambda: loss_and_accuracy(fast.eval(), x, y, ctx))
         fast.train()
     return fast, model
 
