@@ -107,9 +107,9 @@ def load(path: str | Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as records:
             broken = records.testzip()
     except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, RuntimeError) as error:
-        raise UserError(f"{damaged} ({error}); use another, such as last.prev.pt beside it") from error
+        raise UserError(f"{damaged} ({error})") from error
     if broken:
-        raise UserError(f"{damaged} (checksum of {broken}); use another, such as last.prev.pt beside it")
+        raise UserError(f"{damaged} (checksum of {broken})")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError) as error:

@@ -167,8 +167,10 @@ def coerce(value: Any, default: Any, where: str) -> Any:
 
 def _config_path(word: str, values: dict[str, Any]) -> Path:
     for path in (Path(word), ROOT / word):
-        if path.is_file():
+        if path.is_file() and path.suffix == ".py":
             return path
+        if path.is_file():
+            raise UserError(f"{word} is no config file, whose name ends in .py; a key is written --key={word}")
     if word.partition("=")[0].lstrip("-") in values:
         raise UserError(f"{word}: a key begins with two dashes: --{word.lstrip('-')}")
     if word.lower() in TRUE | FALSE:

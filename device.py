@@ -164,12 +164,14 @@ def join_processes(backend: str, device: str) -> Processes:
 
 
 class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the step under way is finished first; a second Ctrl-C leaves at once."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal, so that the step under way is finished first; a second Ctrl-C
+    leaves at once."""
 
     def __init__(self):
         self.received, self.at = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.note)
 
     def note(self, number: int, frame: Any) -> None:
         now = time.monotonic()

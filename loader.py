@@ -78,7 +78,7 @@ def check_vocabulary(tokens: Tokens, meta: dict, vocab_size: int) -> None:
 def _beyond(path: Path, largest: int, vocab_size: int) -> str:
     return (
         f"{path} holds the token id {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
-        f"the dataset was prepared with another tokenizer"
+        f"the file is damaged, or was prepared with another tokenizer"
     )
 
 

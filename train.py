@@ -284,6 +284,8 @@ def inherit(c: Config, saved: dict[str, Any]) -> None:
 
 def check(c: Config, world_size: int) -> None:
     """UserError for settings that make no sense."""
+    if not c.out_dir:
+        raise UserError("out_dir is empty: expected a folder")
     for key in ("batch_size", "block_size", "gradient_accumulation_steps",
                 "eval_interval", "eval_iters", "log_interval"):  # fmt: skip
         if getattr(c, key) < 1:
@@ -302,7 +304,8 @@ def check(c: Config, world_size: int) -> None:
     if c.gradient_accumulation_steps % world_size:
         raise UserError(
             f"gradient_accumulation_steps={c.gradient_accumulation_steps} counts the micro-steps of all {world_size} "
-            f"processes together, so it must be divisible by {world_size}"
+            f"processes together, so it must be divisible by {world_size}, such as "
+            f"--gradient_accumulation_steps={c.gradient_accumulation_steps * world_size}"
         )
 
 

@@ -85,6 +85,8 @@ def files_in(inputs: list[str], suffixes: tuple[str, ...]) -> list[Path]:
     """The files among `inputs`, and the folders' files with these suffixes, at any depth, sorted, none hidden."""
     files: list[Path] = []
     for name in inputs:
+        if not name:
+            raise UserError("--input= is empty: expected a file or a folder")
         path = Path(name)
         if path.is_dir():
             found = [p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file() and p.name[0] != "."]

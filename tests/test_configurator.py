@@ -158,6 +158,12 @@ def test_a_config_file_in_another_encoding_is_a_sentence(tmp_path):
         parse(str(path))
 
 
+def test_a_text_is_never_executed_as_a_config_file(tmp_path):
+    (tmp_path / "novel.txt").write_text("max_iters = 7", encoding="utf-8")
+    with pytest.raises(UserError, match="no config file"):
+        parse(str(tmp_path / "novel.txt"))
+
+
 def test_coerce_from_a_checkpoint_config():
     assert coerce(3, 0.5, "x") == 3.0 and coerce(4.0, 1, "x") == 4 and coerce(("a",), [], "x") == ["a"]
     with pytest.raises(UserError):

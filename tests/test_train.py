@@ -89,7 +89,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_straight_run(straight, stories, t
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_stopped_by_a_signal_it_saves_its_step_and_says_how_to_go_on(straight, stories, tmp_path, number):
     status, output = interrupted(tmp_path, stories, 16, number, "--eval_interval=10")
     stopped_at = checkpoint.load(tmp_path / "out" / "last.pt")["iter_num"]
