@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,7 +181,8 @@ class StopSignal:
         if not self.received:
             self.received, self.at = number, now
             if os.environ.get("RANK", "0") == "0":  # not print, which a signal may have interrupted
-                os.write(2, b"stopping after this step, then saving (Ctrl-C again: at once, without saving)\n")
+                with suppress(OSError):  # the terminal may be what has gone
+                    os.write(2, b"stopping after this step, then saving (Ctrl-C again: at once, without saving)\n")
 
 
 @contextmanager

@@ -60,6 +60,8 @@ compile = True  # torch.compile, where there is a compiler: a slow first step, t
 config = configure(globals())
 
 import math
+import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,8 +128,12 @@ class Run:
     epoch_clock: float = 0.0  # when the time of the epoch was last added up
 
     def say(self, text: str) -> None:
-        if self.processes.master:
+        if not self.processes.master:
+            return
+        try:
             print(text, flush=True)
+        except OSError:  # the terminal was closed, or the pipe's reader left: training goes on without them
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
     def record(self, kind: str, **figures: Any) -> None:
         """A line in log.jsonl, and the same figures in wandb."""

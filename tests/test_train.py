@@ -102,6 +102,16 @@ def test_stopped_by_a_signal_it_saves_its_step_and_says_how_to_go_on(straight, s
     assert_same_state(tmp_path / "out", straight[0])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+def test_a_reader_that_leaves_does_not_end_training(straight, stories, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *TINY_ARGS, f"--dataset={stories}", *RUN, "--eval_interval=10"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert_same_state(tmp_path / "out", straight[0])
+
+
 def test_another_evaluation_interval_changes_nothing(straight, stories, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train_here(f"--dataset={stories}", *RUN, "--eval_interval=7", "--eval_iters=3", "--sample_interval=9")
