@@ -1,24 +1,20 @@
-"""A run's files in `out_dir`, and the only place that touches them.
+"""Checkpoints: saved whole or not at all, verified before they are loaded, found in an `out_dir`, turned into a model.
 
-    ckpt.pt       the best validation loss so far, in nanoGPT's layout plus `tokenizer`
-    last.pt       the newest complete state: the same, and what resuming needs besides
-    last.prev.pt  the one before
-    log.jsonl     a JSON object a line, one for each logged step, evaluation, epoch and sample
-    previous/     what a run started from scratch found here (then previous-2/, and so on)
+    ckpt.pt        the best validation loss so far, in nanoGPT's layout plus `tokenizer`
+    last.pt        the newest complete state: the same, and what resuming needs besides
+    last.prev.pt   the one before
+    ckpt-1000.pt   a complete state, numbered by its iteration, where some are to be kept
 
 A file is either the old one, whole, or the new one, whole: it is written beside, flushed, fsynced and renamed. What is
 loaded is verified first, by the CRC-32 that the zip inside a .pt holds for every record, and is never unpickled code.
 """
 
-import itertools
-import json
 import math
 import os
 import pickle
 import shutil
-import struct
 import zipfile
-import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +25,19 @@ from loader import dataset_folder
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_meta
 
-RUN_FILES = ("ckpt.pt", "last.pt", "last.prev.pt", "log.jsonl")
+STATES = ("last.pt", "last.prev.pt")  # complete ones, beside the numbered
 
 
-def open_out_dir(out_dir: str, resumed_from: Path | None) -> Path:
-    """The run's folder, made if need be. A run from scratch keeps what an earlier one left there in previous/."""
+def numbered(folder: Path) -> list[Path]:
+    """The folder's numbered checkpoints, the newest first."""
+    found = [path for path in folder.glob("ckpt-*.pt") if path.stem[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
+
+
+def has_run(out_dir: str) -> bool:
+    """Whether there is a checkpoint in out_dir, whole or not."""
     folder = Path(out_dir)
-    with user_errors(OSError, about=f"out_dir={out_dir} cannot be made or written to"):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-        found = [folder / name for name in RUN_FILES if (folder / name).is_file()]
-        if resumed_from and resumed_from.name != "last.pt" and folder / "last.pt" in found:
-            os.replace(folder / "last.pt", folder / "last.damaged.pt")  # so that it never replaces the good one before
-        if found and not resumed_from:
-            names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
-            previous = next(folder / name for name in names if not (folder / name).exists())
-            previous.mkdir()
-            for path in found:
-                _keep(path, previous / path.name)
-            # The old ckpt.pt and last.pt stay until this run has its own: out_dir is never without a checkpoint. The
-            # old last.prev.pt must go, or it could be resumed instead of a younger last.pt of this run.
-            (folder / "last.prev.pt").unlink(missing_ok=True)
-            (folder / "log.jsonl").unlink(missing_ok=True)
-            note(f"note: {out_dir} holds an earlier run (init_from=resume continues it); it is kept in {previous}")
-    return folder
+    return any((folder / name).is_file() for name in (*STATES, "ckpt.pt")) or bool(numbered(folder))
 
 
 def save(path: Path, state: dict[str, Any], keep_as: Path | None = None) -> None:
@@ -66,25 +49,32 @@ def save(path: Path, state: dict[str, Any], keep_as: Path | None = None) -> None
             file.flush()
             os.fsync(file.fileno())
         if keep_as and path.is_file():
-            _keep(path, keep_as)
+            keep(path, keep_as)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); the file that was there is unharmed") from error
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = error.__cause__ or error.__context__ or error
+        reason = f"{cause.strerror}" if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+        raise UserError(f"{path} could not be written ({reason}); the file that was there is unharmed") from error
 
 
-def _keep(path: Path, copy: Path) -> None:
+def keep(path: Path, copy: Path) -> None:
     """A second name for a file, replacing that name atomically: a hard link, or a copy where there are none."""
     temporary = copy.with_name(copy.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copy2(path, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, copy)
     except OSError:
-        shutil.copy2(path, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, copy)
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:
@@ -102,14 +92,7 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    damaged = f"{path} is damaged or no PyTorch checkpoint"
-    try:
-        with zipfile.ZipFile(path) as records:
-            broken = records.testzip()
-    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, ValueError, RuntimeError) as error:
-        raise UserError(f"{damaged} ({error})") from error
-    if broken:
-        raise UserError(f"{damaged} (checksum of {broken})")
+    verify(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError) as error:
@@ -128,6 +111,18 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def verify(path: Path) -> None:
+    """UserError where a checksum in the file is not that of what it holds."""
+    try:
+        with zipfile.ZipFile(path) as records:
+            broken = records.testzip()
+        reason = broken and f"checksum of {broken}"
+    except Exception as error:  # a damaged archive can raise nearly anything
+        reason = str(error) or type(error).__name__
+    if reason:
+        raise UserError(f"{path} is damaged or no PyTorch checkpoint ({reason})")
+
+
 def _plain(key: str) -> str:
     for prefix in ("_orig_mod.", "module.", "_orig_mod."):
         key = key.removeprefix(prefix)
@@ -135,10 +130,10 @@ def _plain(key: str) -> str:
 
 
 def newest(out_dir: str) -> tuple[Path, dict[str, Any]]:
-    """The state from which a run resumes: the highest iter_num among last.pt and last.prev.pt that is whole, else
-    ckpt.pt, so that nanoGPT's folders resume too. UserError where there is none."""
+    """The state from which a run resumes: the highest iter_num among the complete ones that are whole, else ckpt.pt, so
+    that nanoGPT's folders resume too. UserError where there is none."""
     folder = Path(out_dir)
-    complete = sorted((folder / "last.pt", folder / "last.prev.pt"), key=_updates_in, reverse=True)
+    complete = sorted((*(folder / name for name in STATES), *numbered(folder)), key=_updates_in, reverse=True)
     problems = []
     for path in (*complete, folder / "ckpt.pt"):
         if not path.is_file():
@@ -151,16 +146,21 @@ def newest(out_dir: str) -> tuple[Path, dict[str, Any]]:
         for problem in problems:
             note(f"warning: {problem}; going on from {path}")
         return path, state
-    why = f": {'; '.join(problems)}" if problems else " (looked for last.pt, last.prev.pt and ckpt.pt)"
+    why = f": {'; '.join(problems)}" if problems else " (looked for last.pt, last.prev.pt, numbered ones and ckpt.pt)"
     raise UserError(f"no checkpoint to resume in {out_dir}{why}")
 
 
 def _updates_in(path: Path) -> float:
-    """A checkpoint's iter_num, read without its tensors; infinite where it cannot be read, so that load() tells why."""
+    """A checkpoint's iter_num; infinite where it cannot be read, so that load() tells why."""
     try:
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["iter_num"])
+        return int(peek(path)["iter_num"])
     except Exception:  # a damaged file can raise nearly anything here
         return math.inf
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """A checkpoint that is not verified, its tensors mapped from the file instead of read."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def best(source: str) -> tuple[Path, dict[str, Any]]:
@@ -255,33 +255,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, state: dict[str
         for i, entry in loaded.items()
     }
     optimizer.load_state_dict({"state": cropped, "param_groups": own["param_groups"]})
-
-
-class Log:
-    """log.jsonl: write(kind=..., iter=..., ...) appends a line. Opened for a run that resumes at iteration `start`, it
-    drops the lines of `start` and later, which will be written again."""
-
-    def __init__(self, folder: Path, start: int):
-        path = folder / "log.jsonl"
-        with user_errors(OSError, about=f"{path} cannot be written"):
-            if path.is_file():
-                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-                temporary = path.with_name("log.jsonl.tmp")
-                with open(temporary, "w", encoding="utf-8") as file:
-                    file.writelines(line + "\n" for line in lines if _iteration(line) < start)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            self.file = open(path, "a", encoding="utf-8", buffering=1)
-
-    def write(self, **record: Any) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with user_errors(OSError, about="log.jsonl cannot be written"):
-            self.file.write(json.dumps(finite, ensure_ascii=False) + "\n")
-
-
-def _iteration(line: str) -> float:
-    try:
-        return json.loads(line)["iter"]
-    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
-        return math.inf

@@ -1,17 +1,12 @@
-"""The machine under a run: its device and number format, autocast, torch.compile where it works, the processes and the
-signals that stop them, its memory's end."""
+"""The device under a run: which one, its number format, autocast, torch.compile where it works, its memory's end."""
 
 import os
 import shutil
-import signal
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from configurator import UserError, note
 
@@ -89,100 +84,6 @@ def try_compiled(probe: Callable[[], Any]) -> None:
         reason = (str(error).strip().splitlines() or [""])[0][:160]
         note(f"note: torch.compile failed ({type(error).__name__}: {reason}); running without it")
         torch.compiler.set_stance("force_eager")
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes of a run: this one's rank and how many there are; one alone outside torchrun.
-
-    `control` is a CPU group for flags and figures, so that reading them never waits for a GPU.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    control: dist.ProcessGroup | None = None
-
-    @property
-    def master(self) -> bool:
-        return self.rank == 0
-
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over the processes, in place, on the value's own device."""
-        if self.world_size > 1:
-            dist.all_reduce(value)
-            value /= self.world_size
-        return value
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes of a CPU tensor, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(values, group=self.control)
-        return values
-
-    def first(self, work: Callable[[], Any]) -> Any:
-        """What work() gives in the first process, None in the others. A UserError there ends them all."""
-        result = error = None
-        if self.master:
-            try:
-                result = work()
-            except UserError as mistake:
-                error = mistake
-        if self.largest(int(error is not None)):
-            raise error or SystemExit(2)
-        return result
-
-    def largest(self, value: int) -> int:
-        """The largest of the processes' values."""
-        if self.world_size == 1:
-            return value
-        values = torch.tensor(value)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.control)
-        return int(values)
-
-    def end(self) -> None:
-        """Waits until every process is here, so that torchrun ends none of them early, and parts."""
-        if self.control:
-            dist.barrier(group=self.control)
-            dist.destroy_process_group()
-
-
-def join_processes(backend: str, device: str) -> Processes:
-    """The processes that torchrun started, joined by nccl on GPUs and gloo on CPUs; or this one alone."""
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= set(os.environ):
-        return Processes()
-    on_gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
-    if backend not in ("nccl", "gloo"):
-        raise UserError(f"backend={backend}: expected nccl or gloo")
-    dist.init_process_group(backend if on_gpu and dist.is_nccl_available() else "gloo")
-    rank, local_rank, world_size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if not on_gpu:
-        # torchrun gives each process a single thread unless told otherwise
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
-    return Processes(rank, local_rank, world_size, dist.new_group(backend="gloo"))
-
-
-class StopSignal:
-    """Notes Ctrl-C, SIGTERM and a closed terminal, so that the step under way is finished first; a second Ctrl-C
-    leaves at once."""
-
-    def __init__(self):
-        self.received, self.at = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self.note)
-
-    def note(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        # torchrun passes on the Ctrl-C that the terminal has sent to every process already: one press, not two
-        if self.received and number == signal.SIGINT and now - self.at > 1:
-            raise KeyboardInterrupt
-        if not self.received:
-            self.received, self.at = number, now
-            if os.environ.get("RANK", "0") == "0":  # not print, which a signal may have interrupted
-                with suppress(OSError):  # the terminal may be what has gone
-                    os.write(2, b"stopping after this step, then saving (Ctrl-C again: at once, without saving)\n")
 
 
 @contextmanager

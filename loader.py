@@ -65,6 +65,13 @@ def open_split(folder: Path, split: str, block_size: int) -> Tokens:
     return Tokens(path, np.memmap(path, dtype=dtype, mode="r"))
 
 
+def fingerprint(folder: Path) -> dict[str, str]:
+    """What tells a dataset's files from others: their sha256 where meta.json has it, else their sizes."""
+    files = read_meta(folder).get("files", {})
+    names = ("train.bin", "val.bin")
+    return {n: files.get(n, {}).get("sha256") or f"{(folder / n).stat().st_size} bytes" for n in names}
+
+
 def check_vocabulary(tokens: Tokens, meta: dict, vocab_size: int) -> None:
     """UserError if the split holds an id that the model has no embedding for: by meta.json, else by reading it all."""
     chunk = 1 << 24

@@ -5,7 +5,8 @@
     $ torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     $ python train.py --init_from=resume --out_dir=out-chinese
 
-Ctrl-C ends a run after the step that it is in and saves it; init_from=resume goes on from there, exactly.
+Ctrl-C ends a run after the step that it is in and saves it; init_from=resume goes on from there, exactly, and
+init_from=auto does so where there is something to go on from.
 """
 
 from configurator import Config, UserError, coerce, configure, note, run, user_errors
@@ -16,8 +17,14 @@ eval_interval = 2000  # evaluate and save every so many iterations, and at the e
 log_interval = 1  # print a line every so many iterations
 eval_iters = 200  # batches in an evaluation of each split, at most the whole split
 eval_only = False  # evaluate once and exit, saving nothing
+patience = 0  # stop after so many evaluations in a row that do not lower the validation loss, 0 for never
 always_save_checkpoint = False  # let ckpt.pt be the latest evaluation's, not the best one's
-init_from = "scratch"  # 'scratch', 'resume', 'gpt2*', or a path: an out_dir, a .pt file, a Hugging Face folder
+save_interval = (
+    0  # save last.pt every so many iterations besides, 0 for evaluations only; left out while one is written
+)
+keep_checkpoints = 0  # keep so many numbered checkpoints, ckpt-1000.pt and so on, besides
+checkpoint_interval = 0  # iterations from one numbered checkpoint to the next, 0 for eval_interval
+init_from = "scratch"  # 'scratch', 'resume', 'auto' (which of them), 'gpt2*', or a path: out_dir, .pt file, HF folder
 sample_interval = 0  # print a sample every so many iterations, 0 for never
 sample_prompts = ["\n"]  # what the samples begin with; repeat the key for several
 sample_tokens = 200  # length of a sample
@@ -54,16 +61,16 @@ lr_decay_iters = 600000  # where the decay ends, usually max_iters; with epochs,
 min_lr = 6e-5  # the rate after the decay, usually learning_rate / 10
 # system
 backend = "nccl"  # 'nccl' or 'gloo' under torchrun; on CPUs always gloo
+peer_timeout = 60  # seconds without a sign of life from another process after which this one gives up
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16' (with a loss scaler)
 compile = True  # torch.compile, where there is a compiler: a slow first step, then faster ones
 config = configure(globals())
 
 import math
-import os
-import sys
-import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +78,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from device import (
-    Processes,
-    StopSignal,
-    autocast,
-    can_compile,
-    choose_device,
-    choose_dtype,
-    join_processes,
-    memory_error_told,
-    try_compiled,
-)
+from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
 from generate import generate_text, prompt_ids
 from loader import (
     Tokens,
@@ -89,28 +86,20 @@ from loader import (
     check_vocabulary,
     dataset_folder,
     evaluation_batches,
+    fingerprint,
     open_split,
     training_batches,
 )
 from model import GPT, GPTConfig, derive_seed
+from out_dir import OutDir
+from processes import Processes, StopSignal, join_processes
+from progress import Diverged, Progress, Reporter
 from tokenizer import Tokenizer, load_tokenizer, read_meta
 
 
 @dataclass
-class Progress:
-    """What a run has done so far; saved in last.pt, so that a resumed run counts on."""
-
-    iter_num: int = 0  # updates in the weights
-    sequences_seen: int = 0
-    best_val_loss: float = 1e9
-    epoch_loss: float = 0.0  # sums over the iterations of the current epoch
-    epoch_iters: int = 0
-    epoch_seconds: float = 0.0
-
-
-@dataclass
 class Run:
-    """What belongs together while a run lasts. `out` and `log` are None in every process but the first."""
+    """What belongs together while a run lasts. `files` is None in every process but the first."""
 
     c: Config
     processes: Processes
@@ -119,37 +108,33 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    out: Path | None = None
-    log: checkpoint.Log | None = None
-    wandb: Any = None
-    norm: torch.Tensor | float = 0.0  # of the last iteration's gradients, before clipping
-    own: set[str] = field(default_factory=set)  # which files in out are this run's, not an earlier one's
+    reporter: Reporter
+    data: dict[str, str]  # the dataset's fingerprint
+    files: OutDir | None = None
     started_at: int = 0  # the iteration from which this process goes on
-    epoch_clock: float = 0.0  # when the time of the epoch was last added up
-
-    def say(self, text: str) -> None:
-        if not self.processes.master:
-            return
-        try:
-            print(text, flush=True)
-        except OSError:  # the terminal was closed, or the pipe's reader left: training goes on without them
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-
-    def record(self, kind: str, **figures: Any) -> None:
-        """A line in log.jsonl, and the same figures in wandb."""
-        if self.log:
-            self.log.write(kind=kind, **figures)
-        if self.wandb:
-            self.wandb.log({k if k == "iter" else f"{kind}/{k}": v for k, v in figures.items()})
+    whole: bool = True  # False while an update changes the weights: what is half done is never saved
 
 
 @memory_error_told()
 def main(c: Config) -> None:
     r, train, val = prepare(c)
-    p = r.progress
-    if p.iter_num >= c.max_iters and not c.eval_only:
-        r.say(f"nothing left to do: all {c.max_iters:,} iterations are done; a larger --max_iters goes on")
-        return r.processes.end()
+    try:
+        if (done := what_is_done(r)) and not c.eval_only:
+            r.reporter.say(f"nothing left to do: {done}")
+        else:
+            with work_kept(r):
+                train_until_done(r, train, val)
+            if not c.eval_only:
+                finish(r)
+    finally:
+        if r.files:
+            r.files.lock.release()
+    r.processes.end()
+
+
+def train_until_done(r: Run, train: Tokens, val: Tokens) -> None:
+    """The training loop."""
+    c, p = r.c, r.progress
     micro_steps = c.gradient_accumulation_steps // r.processes.world_size
     per_step = c.batch_size * c.gradient_accumulation_steps
     epoch_length = blocks_per_epoch(len(train.ids), c.block_size)
@@ -160,23 +145,21 @@ def main(c: Config) -> None:
         p.sequences_seen, r.processes.rank, r.processes.world_size, c.device,
     )  # fmt: skip
     stop = None if c.eval_only else StopSignal()
-    since = r.epoch_clock = time.perf_counter()
-    timed = 0
+    r.reporter.restart_clock()
+    r.reporter.epoch_clock = r.reporter.since
 
     while True:
         lr = learning_rate_at(p.iter_num, c)
         for group in r.optimizer.param_groups:
             group["lr"] = lr
 
-        at_evaluation = c.eval_only or p.iter_num % c.eval_interval == 0 or p.iter_num >= c.max_iters
-        at_sample = c.sample_interval and p.iter_num and p.iter_num % c.sample_interval == 0 and not c.eval_only
-        if at_evaluation:
+        if c.eval_only or p.iter_num % c.eval_interval == 0 or p.iter_num >= c.max_iters:
             evaluate_and_save(r, fast, train, val, ctx, p.sequences_seen / epoch_length)
-        if at_sample:
+        elif p.iter_num > r.started_at and (is_due(p.iter_num, c.save_interval) or number_is_due(p.iter_num, c)):
+            save(r, put_off=not number_is_due(p.iter_num, c))
+        if is_due(p.iter_num, c.sample_interval) and not c.eval_only:
             show_samples(r, ctx)
-        if at_evaluation or at_sample:
-            since, timed = time.perf_counter(), 0
-        if c.eval_only or p.iter_num >= c.max_iters:
+        if c.eval_only or what_is_done(r):
             break
 
         loss = torch.zeros((), device=c.device)
@@ -190,42 +173,86 @@ def main(c: Config) -> None:
                 _, micro_loss = model(x, y)
             r.scaler.scale(micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps
+        r.processes.mean(loss)
         r.scaler.unscale_(r.optimizer)
-        r.norm = torch.nn.utils.clip_grad_norm_(r.model.parameters(), c.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(r.model.parameters(), c.grad_clip or math.inf)
+        r.whole = False
         r.scaler.step(r.optimizer)
         r.scaler.update()
-        r.optimizer.zero_grad(set_to_none=True)
-        r.processes.mean(loss)
-
-        done, timed = p.iter_num, timed + 1
         p.iter_num, p.sequences_seen = p.iter_num + 1, p.sequences_seen + per_step
-        p.epoch_loss, p.epoch_iters = p.epoch_loss + loss, p.epoch_iters + 1
-        if done % c.log_interval == 0:
-            check_finite(r)
-            now = time.perf_counter()
-            report(r, done, loss.item(), lr, r.norm.item(), (now - since) / timed, per_step)
-            since, timed = now, 0
+        r.whole = True
+        r.optimizer.zero_grad(set_to_none=True)
+
+        r.reporter.step(lr, loss, norm)
         if p.sequences_seen // epoch_length > (p.sequences_seen - per_step) // epoch_length:
-            end_epoch(r, done, p.sequences_seen // epoch_length)
+            r.reporter.end_epoch(p.sequences_seen // epoch_length)
+        if r.files:
+            r.files.report()
         if (signal_number := r.processes.largest(stop.received)) and p.iter_num < c.max_iters:
             leave(r, signal_number)
 
-    if not c.eval_only:
-        if c.epochs and p.epoch_iters:  # the last one, which rounding to whole iterations may have cut short
-            end_epoch(r, p.iter_num - 1, c.epochs)
-        r.say(
-            f"done: {p.iter_num:,} iterations, best val loss {p.best_val_loss:.4f}; "
-            f"python sample.py --out_dir={c.out_dir}"
-        )
-    r.processes.end()
+
+def is_due(iter_num: int, interval: int) -> bool:
+    return bool(interval and iter_num and iter_num % interval == 0)
+
+
+def number_is_due(iter_num: int, c: Config) -> bool:
+    """Whether this iteration's state is to be kept as a numbered checkpoint."""
+    return bool(c.keep_checkpoints) and is_due(iter_num, c.checkpoint_interval or c.eval_interval)
+
+
+def what_is_done(r: Run) -> str:
+    """Why a run has come to its end, in words; empty if it has not."""
+    c, p = r.c, r.progress
+    if p.iter_num >= c.max_iters:
+        return f"all {c.max_iters:,} iterations are done; a larger --max_iters goes on"
+    if c.patience and p.stale_evaluations >= c.patience:
+        return f"the validation loss has not fallen in {p.stale_evaluations} evaluations; a larger --patience goes on"
+    return ""
+
+
+def finish(r: Run) -> None:
+    """The last lines of a run that has come to its end; UserError where its last state could not be saved."""
+    c, p = r.c, r.progress
+    if c.epochs and p.epoch_iters:  # the last one, which rounding to whole iterations may have cut short
+        r.reporter.end_epoch(c.epochs)
+    if p.iter_num < c.max_iters:
+        r.reporter.say(f"stopped early: {what_is_done(r)}")
+    r.processes.first(lambda: r.files.close())
+    r.reporter.say(
+        f"done: {p.iter_num:,} iterations, best val loss {p.best_val_loss:.4f}; python sample.py --out_dir={c.out_dir}"
+    )
+
+
+@contextmanager
+def work_kept(r: Run) -> Iterator[None]:
+    """Before an exception leaves the training loop, what is done is saved, and a process that is gone is named."""
+    try:
+        yield
+    except Exception as error:
+        lost = r.processes.lost() if isinstance(error, RuntimeError) else ""
+        # a GPU that waits for the process that is gone would not give its weights out
+        stuck = lost and r.c.device.startswith("cuda")
+        if r.files and r.whole and r.progress.iter_num > r.started_at and not (stuck or isinstance(error, Diverged)):
+            try:
+                save(r, wait=True)
+                note(f"saved at iteration {r.progress.iter_num}, before the error")
+            except Exception as why:  # the error to tell is the first one
+                note(f"warning: nothing was saved at iteration {r.progress.iter_num}: {why}")
+        if lost:
+            r.processes.heartbeat.part()
+            raise SystemExit(
+                f"process {r.processes.rank} ends after iteration {r.progress.iter_num}: {lost}"
+            ) from error
+        raise
 
 
 def prepare(c: Config) -> tuple[Run, Tokens, Tokens]:
     """Everything that can go wrong before the first step: the machine, the settings, the data, the model, the files."""
-    processes = join_processes(c.backend, c.device)
+    processes = join_processes(c.backend, c.device, c.peer_timeout)
     c.device = choose_device(c.device, processes.local_rank if processes.world_size > 1 else None)
     c.dtype = choose_dtype(c.dtype, c.device)
-    path, state = checkpoint.newest(c.out_dir) if c.init_from == "resume" else (None, {})
+    path, state = to_resume(c, processes)
     inherit(c, state.get("config", {}))
     check(c, processes.world_size)
 
@@ -236,6 +263,9 @@ def prepare(c: Config) -> tuple[Run, Tokens, Tokens]:
     train, val = open_split(folder, "train", c.block_size), open_split(folder, "val", c.block_size)
     meta, vocab_size = read_meta(folder), model.config.vocab_size
     processes.first(lambda: [check_vocabulary(tokens, meta, vocab_size) for tokens in (train, val)])
+    data = fingerprint(folder)
+    if state.get("data", data) != data:
+        note(f"warning: the dataset {c.dataset} is no longer the one that this run began with")
     per_step = c.batch_size * c.gradient_accumulation_steps
     epoch_length = blocks_per_epoch(len(train.ids), c.block_size)
     if c.epochs:
@@ -247,35 +277,64 @@ def prepare(c: Config) -> tuple[Run, Tokens, Tokens]:
     kind = torch.device(c.device).type
     optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), kind, c.adam_eps)
     scaler = torch.amp.GradScaler(kind, enabled=c.dtype == "float16")
-    r = Run(c, processes, model, tokenizer, optimizer, scaler, Progress())
-    r.say(
-        f"tokens per iteration will be: {per_step * c.block_size:,}; "
-        f"an epoch is {epoch_length / per_step:,.1f} iterations"
-    )
-    r.say(f"number of parameters: {model.get_num_params() / 1e6:.2f}M; {processes.world_size} x {c.device}, {c.dtype}")
+    progress = Progress()
     if state:
         checkpoint.load_optimizer(optimizer, model, state, path)
         if state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
         seen = state["iter_num"] * per_step  # nanoGPT's files do not count sequences
-        r.progress = Progress(state["iter_num"], state.get("sequences_seen", seen), state["best_val_loss"])
-        for key, value in state.get("epoch", {}).items():
-            setattr(r.progress, key, value)
-        r.started_at, r.own = r.progress.iter_num, {"ckpt.pt", "last.pt"}
-        r.say(f"resuming from {path} at iteration {r.started_at:,}")
+        progress = Progress(state["iter_num"], state.get("sequences_seen", seen), state["best_val_loss"])
+        for key, value in state.get("progress", {}).items():
+            setattr(progress, key, value)
+    reporter = Reporter(c, processes, model, progress, scaler.is_enabled())
+    r = Run(c, processes, model, tokenizer, optimizer, scaler, progress, reporter, data, started_at=progress.iter_num)
+    reporter.say(
+        f"tokens per iteration will be: {per_step * c.block_size:,}; "
+        f"an epoch is {epoch_length / per_step:,.1f} iterations"
+    )
+    reporter.say(
+        f"number of parameters: {model.get_num_params() / 1e6:.2f}M; {processes.world_size} x {c.device}, {c.dtype}"
+    )
+    if state:
+        reporter.say(f"resuming from {path} at iteration {r.started_at:,}")
     if c.sample_interval:
         for prompt in c.sample_prompts:
             prompt_ids(tokenizer, prompt)
-    if not c.eval_only and r.progress.iter_num < c.max_iters:
+    if not c.eval_only and not what_is_done(r):
         processes.first(lambda: open_files(r, path))
     return r, train, val
 
 
+def to_resume(c: Config, processes: Processes) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that the first process chooses to go on from, loaded by each; (None, {}) where a run begins."""
+    if c.init_from not in ("resume", "auto"):
+        return None, {}
+    own = None
+
+    def choose() -> str:
+        nonlocal own
+        if c.init_from == "auto" and not checkpoint.has_run(c.out_dir):
+            return ""
+        own = checkpoint.newest(c.out_dir)
+        return str(own[0])
+
+    path = processes.agreed(choose)
+    if not path:
+        return None, {}
+    if own is None and not Path(path).is_file():
+        raise UserError(
+            f"{path} is not on this machine: every machine of a run needs the same out_dir, on a shared disk"
+        )
+    return own or (Path(path), checkpoint.load(path))
+
+
 def open_files(r: Run, resumed_from: Path | None) -> None:
     """Where the first process writes to; last of all, so that a mistake has left an earlier run's files alone."""
-    r.wandb = start_wandb(r.c) if r.c.wandb_log else None
-    r.out = checkpoint.open_out_dir(r.c.out_dir, resumed_from)
-    r.log = checkpoint.Log(r.out, r.progress.iter_num)
+    c = r.c
+    r.reporter.wandb = start_wandb(c) if c.wandb_log else None
+    fresh = not resumed_from and c.init_from != "auto"
+    r.files = OutDir(c.out_dir, resumed_from, r.started_at, r.progress.best_val_loss, fresh)
+    r.reporter.log = r.files.log
 
 
 def inherit(c: Config, saved: dict[str, Any]) -> None:
@@ -297,7 +356,8 @@ def check(c: Config, world_size: int) -> None:
         if getattr(c, key) < 1:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
     for key in ("max_iters", "epochs", "warmup_iters", "lr_decay_iters", "sample_interval", "sample_tokens",
-                "learning_rate", "min_lr", "weight_decay", "grad_clip"):  # fmt: skip
+                "learning_rate", "min_lr", "weight_decay", "grad_clip", "patience", "save_interval",
+                "keep_checkpoints", "checkpoint_interval"):  # fmt: skip
         if getattr(c, key) < 0:
             raise UserError(f"{key}={getattr(c, key)}: expected 0 or more")
     for key in ("beta1", "beta2"):
@@ -318,7 +378,7 @@ def check(c: Config, world_size: int) -> None:
 def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: Tokenizer) -> GPT:
     """The model to train, on the CPU, its context cropped to block_size; c's architecture is made to say what it is."""
     architecture = ("n_layer", "n_head", "n_embd", "bias")
-    if c.init_from == "scratch":
+    if not state and c.init_from in ("scratch", "auto"):
         vocab_size = 50304 if tokenizer.kind == "gpt2" else tokenizer.vocab_size  # GPT-2's 50257, padded to be faster
         keys = (*architecture, "block_size", "dropout")
         with user_errors(ValueError):
@@ -362,7 +422,7 @@ def accelerate(r: Run, ctx) -> tuple[torch.nn.Module, torch.nn.Module]:
         device_ids = [r.processes.local_rank] if c.device.startswith("cuda") else None
         model = DistributedDataParallel(fast, device_ids=device_ids)
     if use_compile:
-        r.say("compiling the model... (takes a minute)")
+        r.reporter.say("compiling the model... (takes a minute)")
         x, y = (torch.zeros(c.batch_size, c.block_size, dtype=torch.long, device=c.device) for _ in range(2))
 
         def probe() -> None:
@@ -418,30 +478,33 @@ def loss_and_accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, 
 def evaluate_and_save(r: Run, model: torch.nn.Module, train: Tokens, val: Tokens, ctx, epoch: float) -> None:
     """Prints and logs the losses of both splits; saves ckpt.pt if this is the best yet, and last.pt."""
     c, p = r.c, r.progress
+    r.reporter.settle()
     (train_loss, _), (val_loss, accuracy) = evaluate(r, model, train, ctx), evaluate(r, model, val, ctx)
-    r.say(
+    r.reporter.say(
         f"step {p.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, "
         f"val accuracy {accuracy:.2%}, epoch {epoch:.2f}"
     )
     if c.eval_only:
         return
     if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
-        raise UserError(diverged(r))
-    r.record("eval", iter=p.iter_num, train_loss=train_loss, val_loss=val_loss, val_accuracy=accuracy, epoch=epoch)
-    best = val_loss < p.best_val_loss
-    p.best_val_loss = min(val_loss, p.best_val_loss)
-    if p.iter_num and (best or c.always_save_checkpoint):
-        r.say(f"saving checkpoint to {c.out_dir}")
-        r.processes.first(lambda: checkpoint.save(r.out / "ckpt.pt", state_of(r)))
-        r.own.add("ckpt.pt")
-    if p.iter_num > r.started_at:
-        save_last(r)
+        raise Diverged(f"the loss at iteration {p.iter_num}", c.out_dir)
+    r.reporter.record(
+        "eval", iter=p.iter_num, train_loss=train_loss, val_loss=val_loss, val_accuracy=accuracy, epoch=epoch
+    )
+    if p.evaluated_at != p.iter_num:
+        p.stale_evaluations = 0 if val_loss < p.best_val_loss else p.stale_evaluations + 1
+        p.best_val_loss, p.evaluated_at = min(val_loss, p.best_val_loss), p.iter_num
+        if p.iter_num:
+            save(r, val_loss)
+        elif r.files:
+            r.files.best_val_loss = val_loss  # an untrained model's file would be of no use
+    r.reporter.restart_clock()
 
 
 def state_of(r: Run) -> dict[str, Any]:
     """A checkpoint in nanoGPT's layout, and the tokenizer."""
     return {
-        "model": r.model.state_dict(),
+        "model": dict(r.model.state_dict()),
         "optimizer": r.optimizer.state_dict(),
         "model_args": r.model.config.model_args(),
         "iter_num": r.progress.iter_num,
@@ -451,66 +514,31 @@ def state_of(r: Run) -> dict[str, Any]:
     }
 
 
-def save_last(r: Run) -> None:
-    """last.pt: all that a resumed run needs to be the run that was never interrupted."""
-    check_finite(r)
-    measure_epoch(r)
-    p = r.progress
+def save(r: Run, val_loss: float | None = None, *, put_off: bool = False, wait: bool = False) -> None:
+    """last.pt: all that a resumed run needs to be the run that was never interrupted; ckpt.pt, if val_loss is the best.
 
-    def work() -> None:
-        more = {
-            "sequences_seen": p.sequences_seen,
-            "scaler": r.scaler.state_dict(),
-            "optimizers": checkpoint.named_state(r.model, r.optimizer),
-            "epoch": {
-                "epoch_loss": float(p.epoch_loss),
-                "epoch_iters": p.epoch_iters,
-                "epoch_seconds": p.epoch_seconds,
-            },
-        }
-        keep_as = r.out / "last.prev.pt" if "last.pt" in r.own else None
-        checkpoint.save(r.out / "last.pt", state_of(r) | more, keep_as)
-        r.own.add("last.pt")
-        if "ckpt.pt" not in r.own:  # an earlier run's, kept in previous/, would speak in this one's name
-            (r.out / "ckpt.pt").unlink(missing_ok=True)
-
-    r.processes.first(work)
-
-
-def report(r: Run, done: int, loss: float, lr: float, norm: float, dt: float, per_step: int) -> None:
-    """The line of an iteration, as nanoGPT's and more; dt is seconds an iteration, per_step its sequences."""
-    c = r.c
-    mfu = r.model.estimate_mfu(per_step / r.processes.world_size, dt)
-    speed = per_step * c.block_size / dt
-    left = int((c.max_iters - r.progress.iter_num) * dt)
-    eta = f"{left // 3600}h{left % 3600 // 60:02}m" if left >= 3600 else f"{left // 60}m{left % 60:02}s"
-    r.say(
-        f"iter {done}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, "
-        f"{speed:,.0f} tokens/s, lr {lr:.2e}, norm {norm:.3f}, eta {eta}"
-    )
-    r.record("train", iter=done, loss=loss, lr=lr, grad_norm=norm, ms=dt * 1000, tokens_per_second=speed, mfu=mfu)
-
-
-def measure_epoch(r: Run) -> None:
-    """Adds the time since the last call to the epoch's."""
-    now = time.perf_counter()
-    r.progress.epoch_seconds += now - r.epoch_clock
-    r.epoch_clock = now
-
-
-def end_epoch(r: Run, done: int, epochs: int) -> None:
-    """The line of an epoch: its mean training loss and its time."""
-    check_finite(r)
-    measure_epoch(r)
-    p = r.progress
-    mean = float(p.epoch_loss) / p.epoch_iters
-    r.say(f"epoch {epochs}: mean loss {mean:.4f}, time {p.epoch_seconds:.1f}s")
-    r.record("epoch", iter=done, epoch=epochs, mean_loss=mean, seconds=p.epoch_seconds)
-    p.epoch_loss, p.epoch_iters, p.epoch_seconds = 0.0, 0, 0.0
+    With `put_off`, not while another save is being written; with `wait`, returns once it is on the disk.
+    """
+    r.reporter.settle()
+    if not r.files or put_off and r.files.busy:
+        return
+    r.reporter.measure_epoch()
+    c, p = r.c, r.progress
+    more = {
+        "sequences_seen": p.sequences_seen,
+        "scaler": r.scaler.state_dict(),
+        "optimizers": checkpoint.named_state(r.model, r.optimizer),
+        "progress": asdict(p),
+        "data": r.data,
+    }
+    kept = c.keep_checkpoints if number_is_due(p.iter_num, c) else 0
+    if r.files.save(state_of(r), more, val_loss, always=c.always_save_checkpoint, numbered_kept=kept, wait=wait):
+        r.reporter.say(f"saving checkpoint to {c.out_dir}")
 
 
 def show_samples(r: Run, ctx) -> None:
     """Prints and logs what the model makes of sample_prompts now."""
+    r.reporter.settle()
     if not r.processes.master:
         return
     c, iter_num = r.c, r.progress.iter_num
@@ -521,30 +549,17 @@ def show_samples(r: Run, ctx) -> None:
             text = generate_text(
                 r.model, r.tokenizer, prompt, max_new_tokens=c.sample_tokens, temperature=0.8, top_k=200, seed=seed
             )
-        r.say(f"sample at iteration {iter_num}:\n{text}\n---------------")
-        r.record("sample", iter=iter_num, prompt=prompt, text=text)
+        r.reporter.say(f"sample at iteration {iter_num}:\n{text}\n---------------")
+        r.reporter.record("sample", iter=iter_num, prompt=prompt, text=text)
     r.model.train()
-
-
-def check_finite(r: Run) -> None:
-    """UserError once a loss was infinite or no number; it stays visible in the epoch's sum. A loss scaler skips
-    iterations whose gradients overflow, so under one their norm may be infinite."""
-    if not math.isfinite(r.progress.epoch_loss) or not (r.scaler.is_enabled() or math.isfinite(r.norm)):
-        raise UserError(diverged(r))
-
-
-def diverged(r: Run) -> str:
-    return (
-        f"the loss is no longer a finite number at iteration {r.progress.iter_num}: training has diverged, nothing was "
-        f"saved over the checkpoints in {r.c.out_dir}; lower learning_rate, or raise warmup_iters, and start again, or "
-        f"go on from the last good state with --init_from=resume"
-    )
+    r.reporter.restart_clock()
 
 
 def leave(r: Run, signal_number: int) -> None:
     """Saves and exits as the signal asked, every process after the same step."""
-    save_last(r)
-    r.say(
+    r.reporter.settle()
+    r.processes.first(lambda: save(r, wait=True))
+    r.reporter.say(
         f"saved at iteration {r.progress.iter_num}; "
         f"go on with: python train.py --init_from=resume --out_dir={r.c.out_dir}"
     )

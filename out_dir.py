@@ -1,0 +1,259 @@
+"""A run's folder while the run lasts: no other run writes to it; its log, and its checkpoints, which are written while
+training goes on.
+
+    ckpt.pt, last.pt, last.prev.pt, ckpt-1000.pt   as in checkpoint.py
+    log.jsonl    a JSON object a line, one for each logged step, evaluation, epoch and sample
+    previous/    what a run started from scratch found here (then previous-2/, and so on)
+    .lock        held while a run writes here
+"""
+
+import itertools
+import json
+import math
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+from checkpoint import STATES, keep, numbered, peek, save, verify
+from configurator import UserError, note, user_errors
+
+
+def open_out_dir(out_dir: str) -> Path:
+    """The run's folder, made if need be. UserError where it cannot be written to."""
+    folder = Path(out_dir)
+    with user_errors(OSError, about=f"out_dir={out_dir} cannot be made or written to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    return folder
+
+
+def claim_out_dir(folder: Path, resumed_from: Path | None, fresh: bool) -> None:
+    """Makes an out_dir's files this run's own. A fresh run keeps what an earlier one left there in previous/."""
+    with user_errors(OSError, about=f"out_dir={folder} cannot be written to"):
+        for litter in folder.glob("*.tmp"):  # of a save that was killed
+            litter.unlink()
+        if resumed_from and resumed_from.name != "last.pt" and (folder / "last.pt").is_file():
+            os.replace(folder / "last.pt", folder / "last.damaged.pt")  # so that it never replaces the good one before
+        old = numbered(folder)
+        found = [path for path in (*(folder / n for n in (*STATES, "ckpt.pt", "log.jsonl")), *old) if path.is_file()]
+        if found and fresh:
+            names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
+            previous = next(folder / name for name in names if not (folder / name).exists())
+            previous.mkdir()
+            for path in found:
+                keep(path, previous / path.name)
+            # The old ckpt.pt and last.pt stay until this run has its own: out_dir is never without a checkpoint. Other
+            # complete states must go, or they could be resumed instead of a younger last.pt of this run.
+            for path in (folder / "last.prev.pt", folder / "log.jsonl", *old):
+                path.unlink(missing_ok=True)
+            note(f"note: {folder} holds an earlier run (init_from=resume continues it); it is kept in {previous}")
+
+
+class OutDir:
+    """A run's folder while the run lasts, for no other run to write to: its log, and its checkpoints, which are written
+    while training goes on, one save at a time, from a copy in CPU memory. Only the first process has one."""
+
+    def __init__(
+        self, out_dir: str, resumed_from: Path | None, start: int = 0, best_val_loss: float = math.inf,
+        fresh: bool = True,
+    ):  # fmt: skip
+        """For a run from iteration `start` on, whose state and best loss came from the file `resumed_from`, if any.
+
+        UserError where another run is writing, or the disk refuses.
+        """
+        self.folder = open_out_dir(out_dir)
+        self.lock = _lock(self.folder)
+        claim_out_dir(self.folder, resumed_from, fresh)
+        self.log = Log(self.folder, start)
+        self.own = {"ckpt.pt", "last.pt"} if resumed_from else set()  # files of this run, not of an earlier one
+        # the loss that ckpt.pt has, which can be ahead of the state that is resumed: only a lower one replaces it
+        self.best_val_loss = _best_val_loss(self.folder / "ckpt.pt", best_val_loss) if resumed_from else best_val_loss
+        self.writer, self.job = ThreadPoolExecutor(1, "checkpoint"), None
+        self.copies: dict[tuple, torch.Tensor] = {}
+        self.problem, self.warned_at = "", 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self.job is not None and not self.job.done()
+
+    def save(
+        self, state: dict[str, Any], more: dict[str, Any], val_loss: float | None = None, *, always: bool = False,
+        numbered_kept: int = 0, wait: bool = False,
+    ) -> bool:  # fmt: skip
+        """Writes last.pt, of `state` and what resuming needs `more`, after the save under way.
+
+        With a `val_loss` below that of ckpt.pt, or `always`, ckpt.pt is written too, of `state` alone; True says so.
+        `numbered_kept` makes last.pt a numbered checkpoint as well and keeps so many. Returns once everything is copied
+        to CPU memory; with `wait`, once it is on the disk: UserError where the disk refuses, else only a warning.
+        """
+        self.report(wait=True)
+        best = val_loss is not None and (always or val_loss < self.best_val_loss)
+        whole = state | more
+        if not wait:
+            whole = copy_to_cpu(whole, self.copies)
+        ckpt = {k: whole[k] for k in state} | {"best_val_loss": min(val_loss, self.best_val_loss)} if best else None
+        self.job = self.writer.submit(self._write, whole, ckpt, numbered_kept)
+        if wait:
+            self.finish()
+        return best
+
+    def _write(self, whole: dict[str, Any], ckpt: dict[str, Any] | None, numbered_kept: int) -> None:
+        self.log.sync()  # a state must not be ahead of the log: resuming writes no line that is before it
+        if ckpt:
+            save(self.folder / "ckpt.pt", ckpt)
+            self.best_val_loss = ckpt["best_val_loss"]
+            self.own.add("ckpt.pt")
+        last = self.folder / "last.pt"
+        save(last, whole, self.folder / "last.prev.pt" if "last.pt" in self.own else None)
+        self.own.add("last.pt")
+        with user_errors(OSError, about=f"{self.folder} cannot be written to"):
+            if "ckpt.pt" not in self.own:  # an earlier run's, kept in previous/, would speak in this one's name
+                (self.folder / "ckpt.pt").unlink(missing_ok=True)
+            if numbered_kept:
+                new = self.folder / f"ckpt-{whole['iter_num']}.pt"
+                keep(last, new)
+                older = numbered(self.folder)
+                for path in older[older.index(new) + numbered_kept :]:
+                    path.unlink()
+
+    def report(self, wait: bool = False) -> None:
+        """Warns if the save before was refused by the disk; whatever else went wrong in it is raised here."""
+        if self.job is None or not (wait or self.job.done()):
+            return
+        try:
+            self.finish()
+        except UserError as error:
+            if str(error) != self.problem or time.monotonic() - self.warned_at > 60:
+                note(f"warning: {error}; training goes on, and the next save tries again")
+                self.warned_at = time.monotonic()
+            self.problem = str(error)
+
+    def finish(self) -> None:
+        """Waits for the save under way. UserError where the newest state is not on the disk."""
+        job, self.job = self.job, None
+        if job:
+            job.result()
+            if self.problem:
+                note(f"note: saving to {self.folder} works again")
+            self.problem = ""
+        elif self.problem:
+            raise UserError(self.problem)
+
+    def close(self) -> None:
+        """Waits for the save under way and lets other runs in. UserError where the newest state is not on the disk."""
+        try:
+            self.finish()
+        finally:
+            self.lock.release()
+
+
+def _lock(folder: Path) -> filelock.BaseFileLock:
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=5)  # a run that was told to stop may still be ending
+    except filelock.Timeout:
+        raise UserError(
+            f"out_dir={folder} is in use: another run that has not ended writes there; choose another out_dir"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        note(f"note: {folder} cannot be locked against other runs ({error}); see that none writes there")
+    return lock
+
+
+def _best_val_loss(path: Path, default: float) -> float:
+    """The loss below which a resumed run replaces ckpt.pt: that of the file; infinite where it is damaged."""
+    if not path.is_file():
+        return default
+    try:
+        verify(path)
+        return float(peek(path)["best_val_loss"])
+    except (UserError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        note(f"warning: {path} cannot be read and will be replaced at the next evaluation ({error})")
+        return math.inf
+
+
+def copy_to_cpu(state: dict[str, Any], copies: dict[tuple, torch.Tensor]) -> dict[str, Any]:
+    """A nested dictionary with its tensors copied to CPU memory; tensors that share memory (tied weights) still do.
+
+    The memory is held in `copies` and used again: new pages cost fifteen times the copy.
+    """
+    seen: dict[tuple, torch.Tensor] = {}
+
+    def copied(value: Any, place: tuple) -> Any:
+        if isinstance(value, dict):
+            return {k: copied(v, (*place, k)) for k, v in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        identity = value.data_ptr(), value.shape, value.dtype
+        if identity not in seen:
+            copy = copies.get(place)
+            if copy is None or (copy.shape, copy.dtype) != (value.shape, value.dtype):
+                copy = copies[place] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            seen[identity] = copy.copy_(value.detach(), non_blocking=value.is_cuda)
+        return seen[identity]
+
+    copy = copied(state, ())
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copy
+
+
+class Log:
+    """log.jsonl: write(kind=..., iter=..., ...) appends a line. Opened for a run that resumes at iteration `start`, it
+    drops the lines of `start` and later, which will be written again."""
+
+    def __init__(self, folder: Path, start: int):
+        path = folder / "log.jsonl"
+        with user_errors(OSError, about=f"{path} cannot be written"):
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+                temporary = path.with_name("log.jsonl.tmp")
+                with open(temporary, "w", encoding="utf-8") as file:
+                    file.writelines(line + "\n" for line in lines if _iteration(line) < start)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            self.path, self.file = path, open(path, "ab", buffering=0)
+        self.lock, self.unwritten, self.problem = threading.Lock(), b"", ""
+
+    def write(self, **record: Any) -> None:
+        """Lines that the disk refuses are kept and written before the next one."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with self.lock:
+            self.unwritten += (json.dumps(finite, ensure_ascii=False) + "\n").encode()
+            try:
+                self._flush()
+                self.problem = ""
+            except OSError as error:
+                if str(error) != self.problem:
+                    note(f"warning: {self.path} cannot be written ({error}); training goes on, and its lines are kept")
+                self.problem = str(error)
+
+    def sync(self) -> None:
+        """Puts every line so far on the disk. UserError where it refuses."""
+        with user_errors(OSError, about=f"{self.path} cannot be written"):
+            with self.lock:
+                if not (self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))):
+                    self.file = open(self.path, "ab", buffering=0)  # the folder was moved away, or the file deleted
+                self._flush()
+            os.fsync(self.file.fileno())
+
+    def _flush(self) -> None:
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+
+
+def _iteration(line: str) -> float:
+    try:
+        return float(json.loads(line)["iter"])
+    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
+        return math.inf

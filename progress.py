@@ -1,0 +1,161 @@
+"""What a run has done and what it says of it: the counters that last.pt keeps; lines on the console, in log.jsonl and
+in wandb. An iteration's figures are read one iteration late, so that no iteration waits for the device."""
+
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from configurator import Config, UserError
+from model import GPT
+from out_dir import Log
+from processes import Processes
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; saved in last.pt, so that a resumed run counts on."""
+
+    iter_num: int = 0  # updates in the weights
+    sequences_seen: int = 0
+    best_val_loss: float = 1e9
+    evaluated_at: int = -1  # the iteration of the last evaluation, which a run resumed there repeats but does not count
+    stale_evaluations: int = 0  # evaluations since the best one
+    skipped_steps: int = 0  # updates that the loss scaler left out, because their gradients had overflowed
+    epoch_loss: float = 0.0  # sums over the iterations of the current epoch
+    epoch_iters: int = 0
+    epoch_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """An iteration's loss and gradient norm on their way from the device."""
+
+    number: int
+    lr: float
+    figures: torch.Tensor  # [2], on the CPU once `arrived`
+    arrived: torch.cuda.Event | None
+    ended: float  # when the step ended, in seconds; on a GPU, when it was handed over
+
+
+class Reporter:
+    """Says and logs what a run does. Every process has one and checks the figures; the first one speaks and writes."""
+
+    def __init__(self, c: Config, processes: Processes, model: GPT, progress: Progress, scaled: bool):
+        """`scaled` tells that a loss scaler skips the updates whose gradients overflow."""
+        self.c, self.processes, self.model, self.progress, self.scaled = c, processes, model, progress, scaled
+        self.log: Log | None = None  # where the first process writes
+        self.wandb: Any = None
+        self.per_step = c.batch_size * c.gradient_accumulation_steps
+        self.waiting: Step | None = None
+        self.restart_clock()
+        self.epoch_clock = self.since
+
+    def say(self, text: str) -> None:
+        if self.processes.master:
+            say(text)
+
+    def record(self, kind: str, **figures: Any) -> None:
+        """A line in log.jsonl, and the same figures in wandb."""
+        if self.log:
+            self.log.write(kind=kind, **figures)
+        if self.wandb:
+            self.wandb.log({k if k == "iter" else f"{kind}/{k}": v for k, v in figures.items()})
+
+    def restart_clock(self) -> None:
+        """After an interruption of training that does not count as its time."""
+        self.since, self.timed = time.perf_counter(), 0
+
+    def step(self, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Takes the figures of the iteration that has just been done, and settles the one before."""
+        figures = torch.stack((loss, norm.to(loss.dtype))).detach()
+        cuda = figures.is_cuda
+        figures, arrived = figures.to("cpu", non_blocking=cuda), torch.cuda.Event() if cuda else None
+        if arrived:
+            arrived.record()
+        before, self.waiting = self.waiting, None
+        new = Step(self.progress.iter_num - 1, lr, figures, arrived, time.perf_counter())
+        self._settle(before)
+        self.waiting = new
+
+    def settle(self) -> None:
+        """Checks and reports every iteration so far, which may wait for the device. Raises Diverged.
+
+        Nothing is saved, and no epoch is ended, before this.
+        """
+        before, self.waiting = self.waiting, None
+        self._settle(before)
+
+    def _settle(self, step: Step | None) -> None:
+        if step is None:
+            return
+        ended = step.ended
+        if step.arrived:
+            step.arrived.synchronize()
+            ended = time.perf_counter()
+        loss, norm = step.figures.tolist()
+        if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
+            what = "gradient norm" if math.isfinite(loss) else "loss"
+            raise Diverged(f"the {what} of iteration {step.number}", self.c.out_dir)
+        p = self.progress
+        p.skipped_steps += not math.isfinite(norm)
+        p.epoch_loss, p.epoch_iters = p.epoch_loss + loss, p.epoch_iters + 1
+        self.timed += 1
+        if step.number % self.c.log_interval == 0:
+            self._report(step, loss, norm, (ended - self.since) / self.timed)
+            self.since, self.timed = ended, 0
+
+    def _report(self, step: Step, loss: float, norm: float, dt: float) -> None:
+        """The line of an iteration, as nanoGPT's and more; dt is seconds an iteration."""
+        mfu = self.model.estimate_mfu(self.per_step / self.processes.world_size, dt)
+        speed = self.per_step * self.c.block_size / dt
+        left = int((self.c.max_iters - step.number - 1) * dt)
+        eta = f"{left // 3600}h{left % 3600 // 60:02}m" if left >= 3600 else f"{left // 60}m{left % 60:02}s"
+        skipped = {"skipped_steps": self.progress.skipped_steps} if self.scaled else {}
+        self.say(
+            f"iter {step.number}: loss {loss:.4f}, time {dt * 1000:.2f}ms, "
+            f"mfu {'n/a' if mfu is None else f'{mfu:.2%}'}, {speed:,.0f} tokens/s, lr {step.lr:.2e}, "
+            f"norm {norm:.3f}, eta {eta}" + "".join(f", skipped {n}" for n in skipped.values())
+        )
+        self.record(
+            "train", iter=step.number, loss=loss, lr=step.lr, grad_norm=norm, ms=dt * 1000, tokens_per_second=speed,
+            mfu=mfu, **skipped,
+        )  # fmt: skip
+
+    def measure_epoch(self) -> None:
+        """Adds the time since the last call to the epoch's."""
+        now = time.perf_counter()
+        self.progress.epoch_seconds += now - self.epoch_clock
+        self.epoch_clock = now
+
+    def end_epoch(self, epochs: int) -> None:
+        """The line of an epoch, the run's `epochs`-th: its mean training loss and its time."""
+        self.settle()
+        self.measure_epoch()
+        p = self.progress
+        mean = p.epoch_loss / p.epoch_iters
+        self.say(f"epoch {epochs}: mean loss {mean:.4f}, time {p.epoch_seconds:.1f}s")
+        self.record("epoch", iter=p.iter_num - 1, epoch=epochs, mean_loss=mean, seconds=p.epoch_seconds)
+        p.epoch_loss, p.epoch_iters, p.epoch_seconds = 0.0, 0, 0.0
+
+
+class Diverged(UserError):
+    """A loss or a gradient norm is no finite number: the weights are of no use, and are not saved."""
+
+    def __init__(self, what: str, out_dir: str):
+        super().__init__(
+            f"{what} is no finite number: training has diverged, and nothing was saved over the checkpoints in "
+            f"{out_dir}; lower learning_rate, or raise warmup_iters, and start again, or go on from the last good "
+            f"state with --init_from=resume"
+        )
+
+
+def say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError:  # the terminal was closed, or the pipe's reader left: training goes on without them
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
