@@ -3,6 +3,7 @@
     $ python bench.py
     $ python bench.py --device=cpu --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --json
     $ python bench.py --profile
+    $ python bench.py --save
 
 Needs no dataset: without data/openwebtext it takes random tokens. A CPU gets a smaller batch, unless one is set.
 """
@@ -25,12 +26,15 @@ device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where there is a compiler; on a CPU False, unless set
 profile = False  # print the ten hottest operations, and write a trace for a viewer into bench_log/
+save = False  # measure what a checkpoint costs the training that goes on, beside torch.save in place
 json = False  # print one JSON object and nothing else
 config = configure(globals())
 
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from json import dumps
 from pathlib import Path
 
@@ -40,6 +44,9 @@ import torch
 from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
 from loader import dataset_folder, open_split, sequence_starts
 from model import GPT, GPTConfig, derive_seed
+from out_dir import OutDir
+
+SAVES = 5  # measured, after a first one that also takes new memory
 
 
 def random_windows(c: Config):
@@ -152,6 +159,8 @@ def main(c: Config) -> None:
         "machine": torch.cuda.get_device_name(c.device) if kind == "cuda" else f"{torch.get_num_threads()} CPU threads",
         "config": dict(vars(c)),
     }
+    if c.save:
+        figures |= measure_saving(lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, step, dt)
     if c.json:
         print(dumps(figures))
         return
@@ -161,6 +170,44 @@ def main(c: Config) -> None:
         f"MFU: {'n/a' if mfu is None else f'{mfu:.2%}'} ({figures['flops_per_second'] / 1e12:.3f} TFLOP/s), "
         f"peak memory: {figures['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
+    if c.save:
+        say(
+            f"saving {figures['save_bytes'] / 1e6:,.0f} MB: training waits {figures['save_wait_seconds']:.3f}s (the "
+            f"first time, for new memory, {figures['first_save_wait_seconds']:.3f}s), the disk is done after "
+            f"{figures['save_seconds']:.2f}s, while the steps take {figures['save_slowdown_seconds']:.2f}s longer in all; "
+            f"torch.save in place: {figures['save_in_place_seconds']:.2f}s (medians of {SAVES})"
+        )
+
+
+def measure_saving(state: Callable[[], dict], step: Callable[[], float], dt: float) -> dict[str, float]:
+    """Saves in the background while steps of dt seconds go on, in turns with torch.save in place, as in nanoGPT's
+    train.py. Seconds: how long training waits, the steps' slowdown summed until the file is on the disk, and so on."""
+    waits, slowdowns, background, in_place = [], [], [], []
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
+        files = OutDir(folder, None)
+        for _ in range(1 + SAVES):
+            started = time.perf_counter()
+            files.save(state() | {"iter_num": 0}, {})
+            waits.append(time.perf_counter() - started)
+            slowdown = 0.0
+            while files.busy:
+                slowdown += step() - dt
+            files.finish()
+            slowdowns.append(slowdown)
+            background.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            torch.save(state(), Path(folder) / "in-place.pt")
+            in_place.append(time.perf_counter() - started)
+        size = (Path(folder) / "last.pt").stat().st_size
+        files.close()
+    return {
+        "save_bytes": size,
+        "first_save_wait_seconds": waits[0],
+        "save_wait_seconds": statistics.median(waits[1:]),
+        "save_seconds": statistics.median(background[1:]),
+        "save_slowdown_seconds": statistics.median(slowdowns[1:]),
+        "save_in_place_seconds": statistics.median(in_place[1:]),
+    }
 
 
 def print_profile(repeat, c: Config, say) -> None:

@@ -158,7 +158,7 @@ def same(a, b) -> bool:
 
 def compare(out: Path, reference: Path) -> None:
     """Broken unless a run ended as the reference did, bit for bit."""
-    ours, wanted = checkpoint.load(out / "last.pt"), checkpoint.load(reference / "last.pt")
+    ours, wanted = newest(out), newest(reference)
     for state in (ours, wanted):
         del state["progress"]["epoch_seconds"], state["config"]["out_dir"], state["config"]["dataset"]
     for key in ("iter_num", "sequences_seen", "best_val_loss", "progress", "model", "optimizers"):
