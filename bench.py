@@ -173,8 +173,8 @@ def main(c: Config) -> None:
     if c.save:
         say(
             f"saving {figures['save_bytes'] / 1e6:,.0f} MB: training waits {figures['save_wait_seconds']:.3f}s (the "
-            f"first time, for new memory, {figures['first_save_wait_seconds']:.3f}s), the disk is done after "
-            f"{figures['save_seconds']:.2f}s, while the steps take {figures['save_slowdown_seconds']:.2f}s longer in all; "
+            f"first time {figures['first_save_wait_seconds']:.3f}s, for new memory); the disk is done after "
+            f"{figures['save_seconds']:.2f}s, while steps take {figures['save_slowdown_seconds']:.2f}s longer in all; "
             f"torch.save in place: {figures['save_in_place_seconds']:.2f}s (medians of {SAVES})"
         )
 

@@ -55,8 +55,8 @@ def save(path: Path, state: dict[str, Any], keep_as: Path | None = None) -> None
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        cause = error.__cause__ or error.__context__ or error
-        reason = f"{cause.strerror}" if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+        refusals = [e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError) and e.strerror]
+        reason = refusals[0].strerror if refusals else str(error).splitlines()[0]
         raise UserError(f"{path} could not be written ({reason}); the file that was there is unharmed") from error
 
 

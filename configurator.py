@@ -59,6 +59,7 @@ def configure(namespace: dict[str, Any], positionals: Sequence[str] = (), argv: 
         # a console that lacks a character (GBK, ASCII) shows "?" instead of raising
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace", line_buffering=True)
+    sys.excepthook = _excepthook
     if {"-h", "--help"} & set(sys.argv[1:]):
         run(print, help_text(values, namespace))
         sys.exit(0)
@@ -81,13 +82,24 @@ def run(main: Callable[..., Any], *args: Any) -> Any:
         sys.exit(141)
 
 
+def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ctrl-C while a script is still importing, outside run(), shows no traceback either."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 @contextmanager
 def user_errors(*kinds: type[Exception], about: str = "") -> Iterator[None]:
     """Inside, exceptions of these kinds become a UserError with the same sentence, after the words `about`."""
     try:
         yield
     except kinds as error:
-        reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else str(error)
+        is_about_file = isinstance(error, OSError) and error.strerror and error.filename is not None
+        reason = (
+            f"{error.strerror}: {error.filename}" if is_about_file else getattr(error, "strerror", "") or str(error)
+        )
         raise UserError(f"{about}: {reason}" if about else reason) from error
 
 

@@ -1,4 +1,3 @@
-import json
 import os
 import pickle
 import random
@@ -13,7 +12,7 @@ from conftest import ROOT, TINY
 import checkpoint
 from configurator import UserError
 from model import GPT, GPTConfig
-from out_dir import Log, claim_out_dir, open_out_dir
+from out_dir import claim_out_dir
 from tokenizer import CharTokenizer
 
 
@@ -155,46 +154,6 @@ def test_the_newest_whole_state_is_resumed(tmp_path, capsys):
     claim_out_dir(tmp_path, path, False)  # and what is damaged can no longer replace the good one
     checkpoint.save(tmp_path / "last.pt", a_state(5), keep_as=tmp_path / "last.prev.pt")
     assert checkpoint.load(tmp_path / "last.prev.pt")["iter_num"] == 3 and (tmp_path / "last.damaged.pt").exists()
-
-
-def test_a_fresh_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
-    for name in ("ckpt.pt", "last.pt", "last.prev.pt"):
-        checkpoint.save(tmp_path / name, a_state(8))
-    (tmp_path / "log.jsonl").write_text("{}\n", encoding="utf-8")
-    claim_out_dir(tmp_path, tmp_path / "last.pt", False)
-    assert not (tmp_path / "previous").exists()
-    claim_out_dir(tmp_path, None, True)
-    assert sorted(os.listdir(tmp_path / "previous")) == ["ckpt.pt", "last.prev.pt", "last.pt", "log.jsonl"]
-    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "last.pt", "previous"]
-    assert "previous" in capsys.readouterr().err
-    checkpoint.save(tmp_path / "last.pt", a_state(1), keep_as=tmp_path / "last.prev.pt")
-    checkpoint.save(tmp_path / "last.pt", a_state(2), keep_as=tmp_path / "last.prev.pt")
-    assert checkpoint.newest(str(tmp_path))[1]["iter_num"] == 2
-    claim_out_dir(tmp_path, None, True)
-    assert checkpoint.load(tmp_path / "previous" / "last.pt")["iter_num"] == 8
-    assert checkpoint.load(tmp_path / "previous-2" / "last.pt")["iter_num"] == 2
-
-
-def test_an_out_dir_that_cannot_be_made_is_a_sentence(tmp_path):
-    (tmp_path / "file").write_text("x", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot be made"):
-        open_out_dir(str(tmp_path / "file" / "out"))
-
-
-def test_the_log_drops_what_will_be_written_again(tmp_path):
-    log = Log(tmp_path, 0)
-    for i in range(5):
-        log.write(kind="train", iter=i, loss=float("inf") if i == 3 else 0.1 + i, text="中文")
-    log.write(kind="sample", iter=2, text="a\u2028b\x85c")
-    log.file.close()
-    with open(tmp_path / "log.jsonl", "ab") as file:
-        file.write('{"kind": "训'.encode()[:-1])  # torn inside a character
-    log = Log(tmp_path, 4)
-    log.write(kind="train", iter=4, loss=9.0)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    assert [line["iter"] for line in lines] == [0, 1, 2, 3, 2, 4] and lines[5]["loss"] == 9.0
-    assert lines[4]["text"] == "a\u2028b\x85c"
-    assert lines[1]["loss"] == 1.1 and lines[3]["loss"] is None and lines[0]["text"] == "中文"
 
 
 def restored(state, model_args=None):

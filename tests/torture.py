@@ -203,7 +203,7 @@ def kill_until_done(home: Path, reference: Path, tally: Tally, rng: random.Rando
             logged = [line["iter"] for line in complete_lines(training.out) if line["kind"] == "train"]
             with tally.lock:
                 tally.lost.append(max(0, max(logged, default=-1) + 1 - saved))
-            if rng.random() < 0.15 and len(list(training.out.glob("last*.pt"))) > 1:
+            if rng.random() < 0.15 and all((training.out / name).is_file() for name in checkpoint.STATES):
                 damage(training.out / "last.pt", rng)
                 tally.add("resumes with a damaged last.pt")
 
