@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -165,19 +166,53 @@ def join_processes(backend: str, device: str, patience: float) -> Processes:
     on_gpu = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if backend not in ("nccl", "gloo"):
         raise UserError(f"backend={backend}: expected nccl or gloo")
-    dist.init_process_group(backend if on_gpu and dist.is_nccl_available() else "gloo")
     rank, local_rank, world_size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    session = _meet(rank, world_size)
+    dist.init_process_group(
+        backend if on_gpu and dist.is_nccl_available() else "gloo",
+        store=dist.PrefixStore(session, _connect()), rank=rank, world_size=world_size,
+    )  # fmt: skip
     if not on_gpu:
         # torchrun gives each process a single thread unless told otherwise
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     control = dist.new_group(backend="gloo")
-    # a second connection: one client of the store serves one thread at a time
-    heartbeat = Heartbeat(next(dist.rendezvous("env://"))[0], rank, world_size, patience / BEAT)
+    # a connection of its own: one client of the store serves one thread at a time
+    heartbeat = Heartbeat(dist.PrefixStore(session, _connect()), rank, world_size, patience / BEAT)
     dist.barrier(group=control)
     if world_size > 1:
         heartbeat.start()
     return Processes(rank, local_rank, world_size, control, heartbeat)
+
+
+def _connect() -> dist.Store:
+    """A new connection to the store that torchrun keeps."""
+    return next(dist.rendezvous("env://"))[0]
+
+
+def _meet(rank: int, world_size: int, seconds: float = 600) -> str:
+    """A prefix for the store's keys that all processes of this attempt know, and no earlier attempt has used.
+
+    A job that torchrun restarts finds the store as the attempt before left it: without a prefix, processes read the
+    addresses of the dead, and the new attempt fails too, unless they happen to come in a lucky order. The first
+    process calls its token out to each token that it finds; only a process that lives answers.
+    """
+    store, token, until = _connect(), uuid.uuid4().hex, time.monotonic() + seconds
+    if rank > 0:
+        store.set(f"here/{rank}", token)
+        session = store.get(f"session/{token}").decode()  # waits until it is there
+        store.set(f"{session}/met/{rank}", "")
+        return session
+    missing = list(range(1, world_size))
+    while missing:
+        for other in missing:
+            if store.check([f"here/{other}"]):
+                store.set(f"session/{store.get(f'here/{other}').decode()}", token)
+        missing = [other for other in missing if not store.check([f"{token}/met/{other}"])]
+        if missing and time.monotonic() > until:
+            raise UserError(f"processes {missing} of {world_size} did not come within {seconds:.0f} s")
+        time.sleep(0.02)
+    return token
 
 
 class StopSignal:

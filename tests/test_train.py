@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, TINY, TINY_ARGS, run_script, torchrun
 
 import checkpoint
+import loader
 import train
 from configurator import UserError, configure
 
@@ -481,3 +482,149 @@ def test_only_a_lack_of_memory_is_told_as_one(error, told):
     with pytest.raises(UserError if told else type(error), match="batch_size" if told else None):
         with train.memory_error_told():
             raise error
+
+
+def test_auto_begins_a_run_and_then_goes_on_with_it(straight, stories, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    auto = [f"--dataset={stories}", *RUN, "--eval_interval=10", "--init_from=auto"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").write_text('{"iter": 0}\n', encoding="utf-8")  # of a start killed before its save
+    train_here(*auto, "--max_iters=12")
+    assert "resuming" not in capsys.readouterr().out and not (tmp_path / "out" / "previous").exists()
+    train_here(*auto)
+    assert "resuming from" in capsys.readouterr().out
+    assert figures(tmp_path / "out") == figures(straight[0])
+    assert_same_state(tmp_path / "out", straight[0])
+    train_here(*auto)
+    assert "nothing left to do" in capsys.readouterr().out
+    for path in (tmp_path / "out").glob("*.pt"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="no checkpoint to resume"):  # a run whose files are damaged is no fresh start
+        train_here(*auto)
+
+
+def test_last_pt_is_saved_as_often_as_asked_and_numbered_ones_are_kept(straight, stories, tmp_path):
+    often = ["--eval_interval=10", "--save_interval=3", "--keep_checkpoints=2", "--checkpoint_interval=7"]
+    status, _ = interrupted(tmp_path, stories, 23, signal.SIGKILL, *often)
+    assert status == -signal.SIGKILL
+    saved = checkpoint.newest(str(tmp_path / "out"))[1]["iter_num"]
+    assert 18 <= saved <= 24
+    assert {"ckpt-7.pt", "ckpt-14.pt"} <= {p.name for p in (tmp_path / "out").iterdir()} | {"ckpt-7.pt"}
+    done = run_script("train.py", "--init_from=resume", "--device=cpu", "--compile=False", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "out").glob("ckpt-*")} == {"ckpt-21.pt", "ckpt-28.pt"}
+    assert figures(tmp_path / "out") == figures(straight[0])
+    assert_same_state(tmp_path / "out", straight[0])
+    (tmp_path / "branch").mkdir()
+    shutil.copy(tmp_path / "out" / "ckpt-21.pt", tmp_path / "branch" / "last.pt")
+    resume = ["--init_from=resume", "--out_dir=branch", "--device=cpu", "--compile=False"]
+    assert run_script("train.py", *resume, cwd=tmp_path).returncode == 0
+    assert_same_state(tmp_path / "branch", straight[0])
+
+
+def test_patience_counts_evaluations_across_resumes(stories, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # trained a little, then with a rate that ruins it: the validation loss rises from some evaluation on
+    worse = [f"--dataset={stories}", "--gradient_accumulation_steps=1", "--decay_lr=False", "--eval_interval=2"]
+    worse += ["--learning_rate=0.3", "--max_iters=200", "--eval_iters=4"]
+    train_here(*worse, "--patience=3", "--out_dir=straight")
+    assert "stopped early: the validation loss has not fallen in 3 evaluations" in capsys.readouterr().out
+    losses = [e["val_loss"] for e in log_of(tmp_path / "straight", "eval")]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 4  # counted on paper: three evaluations after the best one
+    stopped = checkpoint.load("straight/last.pt")["iter_num"]
+    assert stopped == 2 * (best + 3) < 200 and checkpoint.load("straight/ckpt.pt")["iter_num"] == 2 * best
+    for until in (*range(2, stopped, 2), 200):  # stopped and resumed at each evaluation: none is counted twice
+        train_here(*worse, "--patience=3", "--init_from=auto", f"--max_iters={until}")
+    assert checkpoint.load("out/last.pt")["iter_num"] == stopped
+    capsys.readouterr()
+    train_here(*worse, "--patience=3", "--init_from=resume")
+    assert "nothing left to do: the validation loss has not fallen in 3" in capsys.readouterr().out
+
+
+def test_an_exception_saves_what_was_done_before_it_leaves(straight, stories, tmp_path, monkeypatch, capsys):
+    """A token beyond the vocabulary in the middle of the data, which meta.json does not know of."""
+    shutil.copytree(stories, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    bad = [f"--dataset={tmp_path / 'data'}", *RUN, "--eval_interval=1000"]
+    c = settings(*TINY_ARGS, *bad)
+    ids = np.fromfile("data/train.bin", np.uint16)
+    numbers = np.arange(16 * 22, 16 * 23)  # the sequences of iteration 22
+    starts = loader.sequence_starts(numbers, len(ids), c.block_size, c.seed)
+    before = loader.sequence_starts(np.arange(16 * 22), len(ids), c.block_size, c.seed)
+    reached = {int(s) + k for s in before for k in range(33)}
+    at = next(int(s) + k for s in starts for k in range(33) if int(s) + k not in reached)
+    good = ids[at]
+    ids[at] = 60000
+    ids.tofile("data/train.bin")
+    with pytest.raises(UserError, match="60000"):
+        train.main(c)
+    assert "saved at iteration 2" in capsys.readouterr().err
+    assert checkpoint.newest("out")[1]["iter_num"] in (21, 22)  # the batch is read while the step before runs
+    ids[at] = good
+    ids.tofile("data/train.bin")
+    train.main(settings(*RESUME, "--eval_interval=10"))
+    assert figures(tmp_path / "out") == figures(straight[0])
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_before_anything_is_saved(straight, tmp_path, monkeypatch):
+    """Read one iteration late: the weights are ruined by then, and no file may have them."""
+    copy_run(straight, tmp_path, monkeypatch)
+    wild = ["--learning_rate=1e20", "--decay_lr=False", "--max_iters=60", "--save_interval=1", "--log_interval=1000"]
+    with pytest.raises(UserError, match=r"(loss|gradient norm) of iteration 3\d is no finite number"):
+        train.main(settings(*RESUME, *wild))
+    for path in (tmp_path / "out").glob("*.pt"):
+        assert all(w.isfinite().all() for w in checkpoint.load(path)["model"].values()), path
+
+
+def test_skipped_updates_of_a_loss_scaler_are_counted_and_logged_and_resumed(stories, tmp_path, monkeypatch, capsys):
+    """The scaler of fp16 training, here with float32 and a scale at which the first gradients overflow."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv, until):
+        r, *data = train.prepare(settings(*TINY_ARGS, f"--dataset={stories}", *RUN, f"--max_iters={until}", *argv))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=5)
+        if r.started_at:
+            scaler.load_state_dict(checkpoint.load("out/last.pt")["scaler"])
+        r.scaler, r.reporter.scaled = scaler, True
+        train.train_until_done(r, *data)
+        train.finish(r)
+        return log_of(tmp_path / r.c.out_dir)
+
+    straight = run("--out_dir=straight", until=30)
+    skipped = [line["skipped_steps"] for line in straight]
+    overflowed = [line["grad_norm"] is None for line in straight]  # JSON has no infinity
+    assert 0 < skipped[-1] < 20 and skipped == list(np.cumsum(overflowed))
+    assert f"skipped {skipped[-1]}" in capsys.readouterr().out
+    run("--init_from=auto", until=int(skipped.index(skipped[-1])))
+    resumed = run("--init_from=auto", until=30)
+    keys = ("iter", "loss", "grad_norm", "skipped_steps")
+    assert [[line[k] for k in keys] for line in resumed] == [[line[k] for k in keys] for line in straight]
+    assert_same_state(tmp_path / "out", tmp_path / "straight")
+
+
+@pytest.mark.skipif(not shutil.which("g++") or sys.platform == "win32", reason="no compiler here, or no POSIX signals")
+def test_compiled_killed_and_resumed_is_bit_for_bit_the_straight_compiled_run(stories, tmp_path):
+    one = ["--compile=True", "--n_layer=1", "--eval_interval=5", "--max_iters=12"]
+    for folder in ("straight", "killed"):
+        (tmp_path / folder).mkdir()
+    done = run_script("train.py", *TINY_ARGS, f"--dataset={stories}", *RUN, *one, cwd=tmp_path / "straight")
+    assert done.returncode == 0 and "running without it" not in done.stderr, done.stderr
+    status, _ = interrupted(tmp_path / "killed", stories, 7, signal.SIGKILL, *one)
+    assert status == -signal.SIGKILL
+    done = run_script("train.py", *RESUME[:2], "--compile=True", cwd=tmp_path / "killed")
+    assert done.returncode == 0 and "at iteration 5" in done.stdout, done.stdout + done.stderr
+    assert figures(tmp_path / "killed" / "out") == figures(tmp_path / "straight" / "out")
+    assert_same_state(tmp_path / "killed" / "out", tmp_path / "straight" / "out")
+
+
+def test_a_dataset_that_has_changed_is_told_on_resuming(straight, stories, tmp_path, monkeypatch, capsys):
+    copy_run(straight, tmp_path, monkeypatch)
+    shutil.copytree(stories, tmp_path / "data")
+    train.main(settings(*RESUME, f"--dataset={tmp_path / 'data'}", "--max_iters=31"))
+    assert "no longer the one" not in capsys.readouterr().err
+    meta = json.loads((tmp_path / "data" / "meta.json").read_text(encoding="utf-8"))
+    meta["files"]["train.bin"]["sha256"] = "0" * 64
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    train.main(settings(*RESUME, f"--dataset={tmp_path / 'data'}", "--max_iters=32"))
+    assert "no longer the one" in capsys.readouterr().err
