@@ -160,7 +160,7 @@ def main(c: Config) -> None:
         "config": dict(vars(c)),
     }
     if c.save:
-        figures |= measure_saving(lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, step, dt)
+        figures |= measure_saving(lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, step)
     if c.json:
         print(dumps(figures))
         return
@@ -179,19 +179,20 @@ def main(c: Config) -> None:
         )
 
 
-def measure_saving(state: Callable[[], dict], step: Callable[[], float], dt: float) -> dict[str, float]:
-    """Saves in the background while steps of dt seconds go on, in turns with torch.save in place, as in nanoGPT's
-    train.py. Seconds: how long training waits, the steps' slowdown summed until the file is on the disk, and so on."""
+def measure_saving(state: Callable[[], dict], step: Callable[[], float]) -> dict[str, float]:
+    """Saves in the background while steps go on, in turns with torch.save in place, as in nanoGPT's train.py. Seconds:
+    how long training waits, by how much the steps are slower in all until the file is on the disk, and so on."""
     waits, slowdowns, background, in_place = [], [], [], []
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
         files = OutDir(folder, None)
         for _ in range(1 + SAVES):
+            calm = statistics.median(step() for _ in range(5))
             started = time.perf_counter()
             files.save(state() | {"iter_num": 0}, {})
             waits.append(time.perf_counter() - started)
             slowdown = 0.0
             while files.busy:
-                slowdown += step() - dt
+                slowdown += step() - calm
             files.finish()
             slowdowns.append(slowdown)
             background.append(time.perf_counter() - started)

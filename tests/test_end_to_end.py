@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY_ARGS, run_script
+from torch.distributed.run import get_args_parser as torchrun_options
 
 import train
 from configurator import configure
@@ -23,7 +24,7 @@ SMALL_TRAIN = f"{SMALL} --bias=False --dropout=0.0 --gradient_accumulation_steps
 SMALL_BENCH = (
     "--device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --vocab_size=100 --num_steps=2 --real_data=False"
 )
-HUB = ("--init_from=gpt2", "config/eval_gpt2", "config/finetune_shakespeare")
+HUB = ("--init_from=gpt2", "config/eval_gpt2", "config/finetune_shakespeare", "--nnodes=2", "sbatch ")
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the README's commands are for a POSIX shell")
 
 
@@ -35,6 +36,14 @@ def commands(readme: str) -> list[str]:
 
 def keys_parse(command: str, clone: Path) -> None:
     """A command for a hub or a cluster: its script answers, and every config file and key in it is known."""
+    if command.startswith("sbatch "):
+        job = clone / command.split()[1]
+        assert subprocess.run(["bash", "-n", job]).returncode == 0
+        command = re.search(r"srun (torchrun .*?) &\n", job.read_text(encoding="utf-8").replace("\\\n", ""))[1]
+    if command.startswith("torchrun "):
+        launcher, command = re.fullmatch(r"torchrun (.*?) (train\.py .*)", command).groups()
+        known = torchrun_options().parse_args([*shlex.split(launcher.replace('="$SLURM_NNODES"', "=2")), "train.py"])
+        assert known.nnodes == "2" or known.standalone
     script, *arguments = [word for word in shlex.split(command) if word != "python"]
     done = run_script(script, *arguments, "--help", cwd=clone)
     assert done.returncode == 0, done.stderr
@@ -77,7 +86,7 @@ def test_every_command_of_the_readme(tmp_path):
             keys_parse(command, clone)
             continue
         if not gpt2 and any(word in command for word in ("openwebtext", "train_gpt2", "data/shakespeare/")):
-            keys_parse(command.replace("torchrun --standalone --nproc_per_node=8", "python"), clone)
+            keys_parse(command, clone)
             continue
         if command.startswith("make"):
             target = command.split()[1]
@@ -90,7 +99,7 @@ def test_every_command_of_the_readme(tmp_path):
             run = run.replace("torchrun --standalone --nproc_per_node=8", f"{python} -m torch.distributed.run "
                               "--standalone --nproc_per_node=2")  # fmt: skip
             if "train.py" in run and "--help" not in run:
-                run += f" {SMALL_TRAIN}" + (" --max_iters=4" if "=resume" in run else "")
+                run += f" {SMALL_TRAIN}" + (" --max_iters=4" if "=resume" in run or "=auto" in run else "")
             elif "sample.py" in run:
                 run += " --device=cpu --max_new_tokens=8 --num_samples=2"
             elif "bench.py" in run:
