@@ -44,7 +44,7 @@ import torch
 from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
 from loader import dataset_folder, open_split, sequence_starts
 from model import GPT, GPTConfig, derive_seed
-from out_dir import OutDir
+from run_dir import RunDir
 
 SAVES = 5  # measured, after a first one that also takes new memory
 
@@ -184,7 +184,7 @@ def measure_saving(state: Callable[[], dict], step: Callable[[], float]) -> dict
     how long training waits, by how much the steps are slower in all until the file is on the disk, and so on."""
     waits, slowdowns, background, in_place = [], [], [], []
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
-        files = OutDir(folder, None)
+        files = RunDir(folder, None)
         for _ in range(1 + SAVES):
             calm = statistics.median(step() for _ in range(5))
             started = time.perf_counter()

@@ -12,8 +12,8 @@ import torch
 
 from configurator import Config, UserError
 from model import GPT
-from out_dir import Log
 from processes import Processes
+from run_dir import Log
 
 
 @dataclass

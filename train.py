@@ -91,9 +91,9 @@ from loader import (
     training_batches,
 )
 from model import GPT, GPTConfig, derive_seed
-from out_dir import OutDir
 from processes import Processes, StopSignal, join_processes
 from progress import Diverged, Progress, Reporter
+from run_dir import RunDir
 from tokenizer import Tokenizer, load_tokenizer, read_meta
 
 
@@ -110,7 +110,7 @@ class Run:
     progress: Progress
     reporter: Reporter
     data: dict[str, str]  # the dataset's fingerprint
-    files: OutDir | None = None
+    files: RunDir | None = None
     started_at: int = 0  # the iteration from which this process goes on
     whole: bool = True  # False while an update changes the weights: what is half done is never saved
 
@@ -333,7 +333,7 @@ def open_files(r: Run, resumed_from: Path | None) -> None:
     c = r.c
     r.reporter.wandb = start_wandb(c) if c.wandb_log else None
     fresh = not resumed_from and c.init_from != "auto"
-    r.files = OutDir(c.out_dir, resumed_from, r.started_at, r.progress.best_val_loss, fresh)
+    r.files = RunDir(c.out_dir, resumed_from, r.started_at, r.progress.best_val_loss, fresh)
     r.reporter.log = r.files.log
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY
 import checkpoint
 from configurator import UserError
 from model import GPT, GPTConfig
-from out_dir import claim_out_dir
+from run_dir import claim_out_dir
 from tokenizer import CharTokenizer
 
 

@@ -11,7 +11,7 @@ from test_checkpoint import a_state, same
 
 import checkpoint
 from configurator import UserError
-from out_dir import Log, OutDir, claim_out_dir, copy_to_cpu, open_out_dir
+from run_dir import Log, RunDir, claim_out_dir, copy_to_cpu, open_out_dir
 
 
 def test_a_fresh_run_keeps_what_an_earlier_one_left(tmp_path, capsys):
@@ -71,7 +71,7 @@ def test_a_copy_shares_memory_where_its_tensors_do_and_uses_it_again():
 
 
 def test_a_save_holds_what_the_weights_were_when_it_was_asked_for(tmp_path):
-    files, state = OutDir(str(tmp_path / "out"), None), a_state(1)
+    files, state = RunDir(str(tmp_path / "out"), None), a_state(1)
     weight = state["model"]["lm_head.weight"]
     before = weight.clone()
     assert files.save(state, {"sequences_seen": 7}, 2.5)
@@ -86,7 +86,7 @@ def test_a_save_holds_what_the_weights_were_when_it_was_asked_for(tmp_path):
 
 
 def test_ckpt_is_replaced_by_a_better_one_only_unless_always(tmp_path):
-    files = OutDir(str(tmp_path), None)
+    files = RunDir(str(tmp_path), None)
     for iter_num, loss, always, held in (
         (1, 3.0, 0, 1),
         (2, 3.0, 0, 1),
@@ -101,17 +101,17 @@ def test_ckpt_is_replaced_by_a_better_one_only_unless_always(tmp_path):
     assert ckpt["best_val_loss"] == 2.5
     files.close()
     # a resumed run may have fallen back behind its ckpt.pt: what counts is the loss of the file that is there
-    files = OutDir(str(tmp_path), tmp_path / "last.pt", 3, 3.0, fresh=False)
+    files = RunDir(str(tmp_path), tmp_path / "last.pt", 3, 3.0, fresh=False)
     assert not files.save(a_state(4), {}, 2.7) and files.save(a_state(5), {}, 2.4)
     files.close()
     (tmp_path / "ckpt.pt").write_bytes(b"damaged")
-    files = OutDir(str(tmp_path), tmp_path / "last.pt", 5, 2.4, fresh=False)
+    files = RunDir(str(tmp_path), tmp_path / "last.pt", 5, 2.4, fresh=False)
     assert files.save(a_state(6), {}, 2.6)
     files.close()
 
 
 def test_numbered_checkpoints_are_complete_and_only_so_many_stay(tmp_path):
-    files = OutDir(str(tmp_path), None)
+    files = RunDir(str(tmp_path), None)
     for iter_num in range(1, 8):
         files.save(a_state(iter_num), {"sequences_seen": iter_num}, numbered_kept=2 if iter_num % 2 == 0 else 0)
     files.close()
@@ -128,7 +128,7 @@ def test_numbered_checkpoints_are_complete_and_only_so_many_stay(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot move a folder with open files")
 def test_a_vanished_folder_is_a_warning_and_the_next_save_tries_again(tmp_path, capsys):
-    files = OutDir(str(tmp_path / "out"), None)
+    files = RunDir(str(tmp_path / "out"), None)
     files.save(a_state(1), {})
     files.finish()
     os.rename(tmp_path / "out", tmp_path / "away")
@@ -154,9 +154,9 @@ def test_a_full_disk_is_a_warning_and_neither_log_lines_nor_files_are_lost(tmp_p
 import json, resource, sys
 sys.path.insert(0, "tests")
 from test_checkpoint import a_state
-from out_dir import OutDir
+from run_dir import RunDir
 from configurator import UserError
-files = OutDir(sys.argv[1], None)
+files = RunDir(sys.argv[1], None)
 files.save(a_state(1), {}, 3.0)
 files.finish()
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -184,10 +184,10 @@ except UserError as error:
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
-    files = OutDir(str(tmp_path), None)
+    files = RunDir(str(tmp_path), None)
     files.save(a_state(1), {})
     files.finish()
-    code = "import sys; from configurator import run; from out_dir import OutDir; run(OutDir, sys.argv[1], None)"
+    code = "import sys; from configurator import run; from run_dir import RunDir; run(RunDir, sys.argv[1], None)"
     command = [sys.executable, "-c", code, tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "in use" in done.stderr and not (tmp_path / "previous").exists()
@@ -208,7 +208,7 @@ def test_a_killed_saves_litter_goes_and_a_damaged_logs_lines_too(tmp_path):
         '{"iter": 5}',
     ]
     (tmp_path / "log.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    files = OutDir(str(tmp_path), tmp_path / "last.pt", 5, math.inf, fresh=False)
+    files = RunDir(str(tmp_path), tmp_path / "last.pt", 5, math.inf, fresh=False)
     files.close()
     assert not (tmp_path / "last.pt.tmp").exists()
     assert (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines() == lines[:2]

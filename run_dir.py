@@ -58,7 +58,7 @@ def claim_out_dir(folder: Path, resumed_from: Path | None, fresh: bool) -> None:
             note(f"note: {folder} holds an earlier run (init_from=resume continues it); it is kept in {previous}")
 
 
-class OutDir:
+class RunDir:
     """A run's folder while the run lasts, for no other run to write to: its log, and its checkpoints, which are written
     while training goes on, one save at a time, from a copy in CPU memory. Only the first process has one."""
 
@@ -158,7 +158,7 @@ class OutDir:
 
 
 def _give_way() -> None:
-    """Lets the computing threads go before this one, which halves what a save costs two busy cores (docs/benchmarks)."""
+    """Lets the computing threads go before this one, which halves what a save costs two busy cores."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
