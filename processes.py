@@ -1,6 +1,7 @@
 """The processes of a run: joined by torchrun, stopped by the same signal after the same step, and watched, so that one
 that dies or freezes is named and the others end instead of waiting for it."""
 
+import atexit
 import itertools
 import os
 import signal
@@ -42,8 +43,14 @@ class Heartbeat:
     def start(self) -> None:
         """Once every process has given its first sign of life."""
         # The store's client can hang where its machine has gone, so it has a thread apart from the one that judges.
-        for work in (self._exchange, self._judge):
-            threading.Thread(target=work, daemon=True).start()
+        threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._judge)]
+        for thread in threads:
+            thread.start()
+        atexit.register(self._stop, threads[0])
+
+    def _stop(self, thread: threading.Thread) -> None:
+        self.ended.set()
+        thread.join(2 * BEAT)  # a thread inside the store's client would abort an interpreter that ends
 
     def _beat(self, number: int) -> None:
         self.store.set(f"alive/{self.rank}", f"{number} pid {os.getpid()} on {socket.gethostname()}")

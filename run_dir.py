@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class RunDir:
         self.best_val_loss = _best_val_loss(self.folder / "ckpt.pt", best_val_loss) if resumed_from else best_val_loss
         self.writer, self.job = ThreadPoolExecutor(1, "checkpoint", _give_way), None
         self.copies: dict[tuple, torch.Tensor] = {}
-        self.problem, self.warned_at = "", 0.0
+        self.problem, self.warned_at, self.told_of_memory = "", 0.0, False
 
     @property
     def busy(self) -> bool:
@@ -94,18 +95,32 @@ class RunDir:
 
         With a `val_loss` below that of ckpt.pt, or `always`, ckpt.pt is written too, of `state` alone; True says so.
         `numbered_kept` makes last.pt a numbered checkpoint as well and keeps so many. Returns once everything is copied
-        to CPU memory; with `wait`, once it is on the disk: UserError where the disk refuses, else only a warning.
+        to CPU memory, if there is room; with `wait`, once it is on the disk. A disk that refuses is a warning, with
+        `wait` a UserError.
         """
         self.report(wait=True)
         best = val_loss is not None and (always or val_loss < self.best_val_loss)
         whole = state | more
-        if not wait:
-            whole = copy_to_cpu(whole, self.copies)
+        copied = not wait and self._copied(whole)
+        whole = copied or whole
         ckpt = {k: whole[k] for k in state} | {"best_val_loss": min(val_loss, self.best_val_loss)} if best else None
         self.job = self.writer.submit(self._write, whole, ckpt, numbered_kept)
         if wait:
             self.finish()
+        elif not copied:
+            self.report(wait=True)
         return best
+
+    def _copied(self, whole: dict[str, Any]) -> dict[str, Any] | None:
+        """A copy in CPU memory; None where there is no memory for one, and training has to wait for the disk."""
+        if self.copies or bytes_in(whole) < memory_left():
+            with suppress(MemoryError, RuntimeError):  # torch's word for no more memory, pinned memory above all
+                return copy_to_cpu(whole, self.copies)
+        self.copies.clear()
+        if not self.told_of_memory:
+            note("note: there is no memory for a copy of what is saved; training waits for the disk at every save")
+            self.told_of_memory = True
+        return None
 
     def _write(self, whole: dict[str, Any], ckpt: dict[str, Any] | None, numbered_kept: int) -> None:
         self.log.sync()  # a state must not be ahead of the log: resuming writes no line that is before it
@@ -154,6 +169,7 @@ class RunDir:
         try:
             self.finish()
         finally:
+            self.log.file.close()
             self.lock.release()
 
 
@@ -185,6 +201,30 @@ def _best_val_loss(path: Path, default: float) -> float:
         return float(peek(path)["best_val_loss"])
     except (UserError, RuntimeError, KeyError, ValueError, TypeError) as error:
         note(f"warning: {path} cannot be read and will be replaced at the next evaluation ({error})")
+        return math.inf
+
+
+def bytes_in(state: dict[str, Any]) -> int:
+    """The memory of a nested dictionary's tensors, in bytes; what tensors share is counted once."""
+    tensors: dict[tuple, int] = {}
+
+    def count(value: Any) -> None:
+        if isinstance(value, dict):
+            for each in value.values():
+                count(each)
+        elif isinstance(value, torch.Tensor):
+            tensors[value.data_ptr(), value.shape] = value.nbytes
+
+    count(state)
+    return sum(tensors.values())
+
+
+def memory_left() -> float:
+    """Bytes that new allocations can have before the system swaps or kills; infinite where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
         return math.inf
 
 

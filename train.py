@@ -193,6 +193,7 @@ def train_until_done(r: Run, train: Tokens, val: Tokens) -> None:
 
 
 def is_due(iter_num: int, interval: int) -> bool:
+    """Whether what comes every `interval` iterations comes now; never for 0."""
     return bool(interval and iter_num and iter_num % interval == 0)
 
 
@@ -352,7 +353,7 @@ def check(c: Config, world_size: int) -> None:
     if not c.out_dir:
         raise UserError("out_dir is empty: expected a folder")
     for key in ("batch_size", "block_size", "gradient_accumulation_steps",
-                "eval_interval", "eval_iters", "log_interval"):  # fmt: skip
+                "eval_interval", "eval_iters", "log_interval", "peer_timeout"):  # fmt: skip
         if getattr(c, key) < 1:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
     for key in ("max_iters", "epochs", "warmup_iters", "lr_decay_iters", "sample_interval", "sample_tokens",

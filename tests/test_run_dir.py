@@ -212,3 +212,23 @@ def test_a_killed_saves_litter_goes_and_a_damaged_logs_lines_too(tmp_path):
     files.close()
     assert not (tmp_path / "last.pt.tmp").exists()
     assert (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines() == lines[:2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_without_memory_for_a_copy_it_is_saved_all_the_same(tmp_path):
+    code = """
+import resource, sys, torch
+from run_dir import RunDir
+files, big = RunDir(sys.argv[1], None), torch.ones(30_000_000)
+files.save({"model": {"w": torch.ones(3)}, "model_args": {}, "iter_num": 1}, {})
+files.finish()
+files.copies.clear()
+used = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, resource.RLIM_INFINITY))
+for iter_num in (2, 3):
+    files.save({"model": {"w": big}, "model_args": {}, "iter_num": iter_num}, {})
+files.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("no memory for a copy") == 1, done.stderr
+    assert checkpoint.load(tmp_path / "last.pt")["model"]["w"].sum() == 30_000_000
