@@ -173,7 +173,7 @@ def compare(out: Path, reference: Path) -> None:
 def kill_until_done(home: Path, reference: Path, tally: Tally, rng: random.Random, enough) -> None:
     """One run, killed again and again and resumed each time, until it is done or there were enough kills."""
     home.mkdir()
-    had_checkpoint = False
+    had_checkpoint, harmed = False, -1  # the inode of the file that was damaged here
     while True:
         training = Training(home)
         how, start = rng.random(), training.lines()
@@ -200,11 +200,16 @@ def kill_until_done(home: Path, reference: Path, tally: Tally, rng: random.Rando
             had_checkpoint = True
         if had_checkpoint:
             saved = newest(training.out)["iter_num"]  # raises where nothing is loadable
+            for path in training.out.glob("*.pt"):
+                if path.stat().st_ino != harmed:
+                    checkpoint.load(path)  # no file is ever half written, whichever of them is resumed
             logged = [line["iter"] for line in complete_lines(training.out) if line["kind"] == "train"]
             with tally.lock:
                 tally.lost.append(max(0, max(logged, default=-1) + 1 - saved))
-            if rng.random() < 0.15 and all((training.out / name).is_file() for name in checkpoint.STATES):
-                damage(training.out / "last.pt", rng)
+            last = training.out / "last.pt"
+            if rng.random() < 0.15 and saved > 5 and last.is_file() and last.stat().st_ino != harmed:
+                damage(last, rng)
+                harmed = last.stat().st_ino
                 tally.add("resumes with a damaged last.pt")
 
 
