@@ -183,7 +183,10 @@ def measure_saving(state: Callable[[], dict], step: Callable[[], float]) -> dict
     """Saves in the background while steps go on, in turns with torch.save in place, as in nanoGPT's train.py. Seconds:
     how long training waits, by how much the steps are slower in all until the file is on the disk, and so on."""
     waits, slowdowns, background, in_place = [], [], [], []
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder:
+    with (
+        user_errors(OSError, about="--save needs to write to this folder"),
+        tempfile.TemporaryDirectory(prefix="bench-", dir=".") as folder,
+    ):
         files = RunDir(folder, None)
         for _ in range(1 + SAVES):
             calm = statistics.median(step() for _ in range(5))

@@ -37,7 +37,7 @@ def numbered(folder: Path) -> list[Path]:
 def has_run(out_dir: str) -> bool:
     """Whether there is a checkpoint in out_dir, whole or not."""
     folder = Path(out_dir)
-    return any((folder / name).is_file() for name in (*STATES, "ckpt.pt")) or bool(numbered(folder))
+    return bool(states(folder)) or (folder / "ckpt.pt").is_file()
 
 
 def save(path: Path, state: dict[str, Any], keep_as: Path | None = None) -> None:
@@ -58,6 +58,11 @@ def save(path: Path, state: dict[str, Any], keep_as: Path | None = None) -> None
         refusals = [e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError) and e.strerror]
         reason = refusals[0].strerror if refusals else str(error).splitlines()[0]
         raise UserError(f"{path} could not be written ({reason}); the file that was there is unharmed") from error
+
+
+def states(folder: Path) -> list[Path]:
+    """The folder's complete states, by name."""
+    return [path for path in (*(folder / name for name in STATES), *numbered(folder)) if path.is_file()]
 
 
 def keep(path: Path, copy: Path) -> None:
@@ -133,7 +138,7 @@ def newest(out_dir: str) -> tuple[Path, dict[str, Any]]:
     """The state from which a run resumes: the highest iter_num among the complete ones that are whole, else ckpt.pt, so
     that nanoGPT's folders resume too. UserError where there is none."""
     folder = Path(out_dir)
-    complete = sorted((*(folder / name for name in STATES), *numbered(folder)), key=_updates_in, reverse=True)
+    complete = sorted(states(folder), key=updates_in, reverse=True)
     problems = []
     for path in (*complete, folder / "ckpt.pt"):
         if not path.is_file():
@@ -150,7 +155,7 @@ def newest(out_dir: str) -> tuple[Path, dict[str, Any]]:
     raise UserError(f"no checkpoint to resume in {out_dir}{why}")
 
 
-def _updates_in(path: Path) -> float:
+def updates_in(path: Path) -> float:
     """A checkpoint's iter_num; infinite where it cannot be read, so that load() tells why."""
     try:
         return int(peek(path)["iter_num"])

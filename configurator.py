@@ -20,7 +20,7 @@ import sys
 import textwrap
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,20 +72,24 @@ def run(main: Callable[..., Any], *args: Any) -> Any:
         return main(*args)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"{Path(sys.argv[0]).name}: {f'process {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
+        tell(f"{Path(sys.argv[0]).name}: {f'process {rank}: ' if rank != '0' else ''}{error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # it left, or its disk is full: what is still in the buffer has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Ctrl-C while a script is still importing, outside run(), shows no traceback either."""
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        tell("interrupted")
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -254,4 +258,10 @@ def help_text(values: dict[str, Any], namespace: dict[str, Any]) -> str:
 def note(text: str) -> None:
     """A line on stderr, under torchrun from the first process alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        tell(text)
+
+
+def tell(text: str) -> None:
+    """A line on stderr, if it takes one: it may be a file on a full disk, and nothing is to fail for that."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -86,14 +86,19 @@ def try_compiled(probe: Callable[[], Any]) -> None:
         torch.compiler.set_stance("force_eager")
 
 
+def is_memory_error(error: Exception) -> bool:
+    """Whether an error tells of a lack of memory."""
+    signs = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")  # CUDA, MPS, CPU, cuBLAS
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
+
+
 @contextmanager
 def memory_error_told() -> Iterator[None]:
     """Running out of memory ends with a sentence; no batch is skipped or shrunk behind the user's back."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        signs = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")  # CUDA, MPS, CPU, cuBLAS
-        if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in signs):
+        if not is_memory_error(error):
             raise
         raise UserError(
             "out of memory: halve batch_size and double gradient_accumulation_steps, which computes the same, "

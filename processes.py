@@ -6,7 +6,6 @@ import itertools
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configurator import UserError
+from configurator import UserError, tell
 
 BEAT = 1.0  # seconds between two signs of life
 
@@ -72,7 +71,7 @@ class Heartbeat:
             self.unanswered += 1
             lost = self.lost(self.patience)
             if lost and not self.ended.is_set():
-                print(f"process {self.rank} gives up: {lost}", file=sys.stderr, flush=True)
+                tell(f"process {self.rank} gives up: {lost}")
                 os._exit(1)
 
     def lost(self, beats: float) -> str:
@@ -140,6 +139,10 @@ class Processes:
             dist.broadcast_object_list(texts, group=self.control)
         return texts[0]
 
+    def alike(self, value: int) -> bool:
+        """Whether all processes have the same value."""
+        return self.largest(value) == -self.largest(-value)
+
     def largest(self, value: int) -> int:
         """The largest of the processes' values."""
         if self.world_size == 1:
@@ -152,8 +155,11 @@ class Processes:
         """After a collective operation failed: which processes are gone, in words; empty where all are there."""
         if not self.heartbeat:
             return ""
-        time.sleep(4 * BEAT)
-        return self.heartbeat.lost(3)
+        for _ in range(20):
+            time.sleep(BEAT / 2)
+            if lost := self.heartbeat.lost(3):
+                return lost
+        return ""
 
     def end(self) -> None:
         """Waits until every process is here, so that torchrun ends none of them early, and parts."""
@@ -174,10 +180,11 @@ def join_processes(backend: str, device: str, patience: float) -> Processes:
     if backend not in ("nccl", "gloo"):
         raise UserError(f"backend={backend}: expected nccl or gloo")
     rank, local_rank, world_size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    session = _meet(rank, world_size)
+    store = _connect()
+    session = _meet(store, rank, world_size)
     dist.init_process_group(
         backend if on_gpu and dist.is_nccl_available() else "gloo",
-        store=dist.PrefixStore(session, _connect()), rank=rank, world_size=world_size,
+        store=dist.PrefixStore(session, store), rank=rank, world_size=world_size,
     )  # fmt: skip
     if not on_gpu:
         # torchrun gives each process a single thread unless told otherwise
@@ -193,18 +200,18 @@ def join_processes(backend: str, device: str, patience: float) -> Processes:
 
 
 def _connect() -> dist.Store:
-    """A new connection to the store that torchrun keeps."""
+    """A new connection to the store at which the processes meet: torchrun's, else the first process's own."""
     return next(dist.rendezvous("env://"))[0]
 
 
-def _meet(rank: int, world_size: int, seconds: float = 600) -> str:
+def _meet(store: dist.Store, rank: int, world_size: int, seconds: float = 600) -> str:
     """A prefix for the store's keys that all processes of this attempt know, and no earlier attempt has used.
 
     A job that torchrun restarts finds the store as the attempt before left it: without a prefix, processes read the
     addresses of the dead, and the new attempt fails too, unless they happen to come in a lucky order. The first
     process calls its token out to each token that it finds; only a process that lives answers.
     """
-    store, token, until = _connect(), uuid.uuid4().hex, time.monotonic() + seconds
+    token, until = uuid.uuid4().hex, time.monotonic() + seconds
     if rank > 0:
         store.set(f"here/{rank}", token)
         session = store.get(f"session/{token}").decode()  # waits until it is there

@@ -1,6 +1,7 @@
 """What a run has done and what it says of it: the counters that last.pt keeps; lines on the console, in log.jsonl and
 in wandb. An iteration's figures are read one iteration late, so that no iteration waits for the device."""
 
+import errno
 import math
 import os
 import sys
@@ -77,10 +78,9 @@ class Reporter:
         figures, arrived = figures.to("cpu", non_blocking=cuda), torch.cuda.Event() if cuda else None
         if arrived:
             arrived.record()
-        before, self.waiting = self.waiting, None
         new = Step(self.progress.iter_num - 1, lr, figures, arrived, time.perf_counter())
+        before, self.waiting = self.waiting, new
         self._settle(before)
-        self.waiting = new
 
     def settle(self) -> None:
         """Checks and reports every iteration so far, which may wait for the device. Raises Diverged.
@@ -100,7 +100,7 @@ class Reporter:
         loss, norm = step.figures.tolist()
         if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
             what = "gradient norm" if math.isfinite(loss) else "loss"
-            raise Diverged(f"the {what} of iteration {step.number}", self.c.out_dir)
+            raise Diverged(f"the {what} of iteration {step.number}", step.number)
         p = self.progress
         p.skipped_steps += not math.isfinite(norm)
         p.epoch_loss, p.epoch_iters = p.epoch_loss + loss, p.epoch_iters + 1
@@ -144,18 +144,19 @@ class Reporter:
 
 
 class Diverged(UserError):
-    """A loss or a gradient norm is no finite number: the weights are of no use, and are not saved."""
+    """A loss or a gradient norm is no finite number: the weights of `iteration` and of those after it are of no use."""
 
-    def __init__(self, what: str, out_dir: str):
+    def __init__(self, what: str, iteration: int):
         super().__init__(
-            f"{what} is no finite number: training has diverged, and nothing was saved over the checkpoints in "
-            f"{out_dir}; lower learning_rate, or raise warmup_iters, and start again, or go on from the last good "
-            f"state with --init_from=resume"
+            f"{what} is no finite number: training has diverged; lower learning_rate, or raise warmup_iters, and start "
+            f"again, or go on from the last good state with --init_from=resume"
         )
+        self.iteration = iteration
 
 
 def say(text: str) -> None:
     try:
         print(text, flush=True)
-    except OSError:  # the terminal was closed, or the pipe's reader left: training goes on without them
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    except OSError as error:  # a full disk takes the line later, out of the stream's own buffer
+        if error.errno in (errno.EPIPE, errno.EIO):  # the pipe's reader left, or the terminal was closed
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")

@@ -4,6 +4,7 @@ training goes on.
     ckpt.pt, last.pt, last.prev.pt, ckpt-1000.pt   as in checkpoint.py
     log.jsonl    a JSON object a line, one for each logged step, evaluation, epoch and sample
     previous/    what a run started from scratch found here (then previous-2/, and so on)
+    last.damaged.pt, last.diverged.pt   a last.pt that could not be resumed, set aside
     .lock        held while a run writes here
 """
 
@@ -11,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import sys
 import threading
 import time
@@ -22,8 +24,9 @@ from typing import Any
 import filelock
 import torch
 
-from checkpoint import STATES, keep, numbered, peek, save, verify
+from checkpoint import STATES, keep, numbered, peek, save, states, updates_in, verify
 from configurator import UserError, note, user_errors
+from device import is_memory_error
 
 
 def open_out_dir(out_dir: str) -> Path:
@@ -40,8 +43,9 @@ def open_out_dir(out_dir: str) -> Path:
 def claim_out_dir(folder: Path, resumed_from: Path | None, fresh: bool) -> None:
     """Makes an out_dir's files this run's own. A fresh run keeps what an earlier one left there in previous/."""
     with user_errors(OSError, about=f"out_dir={folder} cannot be written to"):
-        for litter in folder.glob("*.tmp"):  # of a save that was killed
-            litter.unlink()
+        for pattern in ("last*.pt.tmp", "ckpt*.pt.tmp", "log.jsonl.tmp"):  # of a save that was killed
+            for litter in folder.glob(pattern):
+                litter.unlink()
         if resumed_from and resumed_from.name != "last.pt" and (folder / "last.pt").is_file():
             os.replace(folder / "last.pt", folder / "last.damaged.pt")  # so that it never replaces the good one before
         old = numbered(folder)
@@ -65,19 +69,24 @@ class RunDir:
 
     def __init__(
         self, out_dir: str, resumed_from: Path | None, start: int = 0, best_val_loss: float = math.inf,
-        fresh: bool = True,
+        fresh: bool = True, run_id: str = "", lock: filelock.BaseFileLock | None = None,
     ):  # fmt: skip
         """For a run from iteration `start` on, whose state and best loss came from the file `resumed_from`, if any.
 
-        UserError where another run is writing, or the disk refuses.
+        `run_id` tells its files from another run's; `lock` is the folder's, where it has been taken before. UserError
+        where another run is writing, or the disk refuses.
         """
         self.folder = open_out_dir(out_dir)
-        self.lock = _lock(self.folder)
+        self.lock = lock or take_lock(self.folder)
         claim_out_dir(self.folder, resumed_from, fresh)
         self.log = Log(self.folder, start)
-        self.own = {"ckpt.pt", "last.pt"} if resumed_from else set()  # files of this run, not of an earlier one
+        self.own = {
+            name for name in ("ckpt.pt", "last.pt") if resumed_from and not _is_anothers(self.folder / name, run_id)
+        }
         # the loss that ckpt.pt has, which can be ahead of the state that is resumed: only a lower one replaces it
         self.best_val_loss = _best_val_loss(self.folder / "ckpt.pt", best_val_loss) if resumed_from else best_val_loss
+        if resumed_from and "ckpt.pt" not in self.own:
+            self.best_val_loss = math.inf
         self.writer, self.job = ThreadPoolExecutor(1, "checkpoint", _give_way), None
         self.copies: dict[tuple, torch.Tensor] = {}
         self.problem, self.warned_at, self.told_of_memory = "", 0.0, False
@@ -114,8 +123,11 @@ class RunDir:
     def _copied(self, whole: dict[str, Any]) -> dict[str, Any] | None:
         """A copy in CPU memory; None where there is no memory for one, and training has to wait for the disk."""
         if self.copies or bytes_in(whole) < memory_left():
-            with suppress(MemoryError, RuntimeError):  # torch's word for no more memory, pinned memory above all
+            try:
                 return copy_to_cpu(whole, self.copies)
+            except (MemoryError, RuntimeError) as error:
+                if not is_memory_error(error):
+                    raise
         self.copies.clear()
         if not self.told_of_memory:
             note("note: there is no memory for a copy of what is saved; training waits for the disk at every save")
@@ -124,16 +136,26 @@ class RunDir:
 
     def _write(self, whole: dict[str, Any], ckpt: dict[str, Any] | None, numbered_kept: int) -> None:
         self.log.sync()  # a state must not be ahead of the log: resuming writes no line that is before it
-        if ckpt:
-            save(self.folder / "ckpt.pt", ckpt)
-            self.best_val_loss = ckpt["best_val_loss"]
-            self.own.add("ckpt.pt")
-        last = self.folder / "last.pt"
-        save(last, whole, self.folder / "last.prev.pt" if "last.pt" in self.own else None)
-        self.own.add("last.pt")
+        last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
+
+        def save_best() -> None:
+            if ckpt:
+                save(best, ckpt)
+                self.best_val_loss = ckpt["best_val_loss"]
+                self.own.add("ckpt.pt")
+
+        def save_last() -> None:
+            save(last, whole, self.folder / "last.prev.pt" if "last.pt" in self.own else None)
+            self.own.add("last.pt")
+
+        # ckpt.pt first, for a state that has counted an evaluation must not be ahead of its ckpt.pt; but last while
+        # last.pt is still an earlier run's, which would be resumed if this one ended between the two
+        in_order = (save_best, save_last) if "last.pt" in self.own or not last.is_file() else (save_last, save_best)
+        for each in in_order:
+            each()
         with user_errors(OSError, about=f"{self.folder} cannot be written to"):
             if "ckpt.pt" not in self.own:  # an earlier run's, kept in previous/, would speak in this one's name
-                (self.folder / "ckpt.pt").unlink(missing_ok=True)
+                best.unlink(missing_ok=True)
             if numbered_kept:
                 new = self.folder / f"ckpt-{whole['iter_num']}.pt"
                 keep(last, new)
@@ -164,22 +186,40 @@ class RunDir:
         elif self.problem:
             raise UserError(self.problem)
 
+    def let_go(self) -> None:
+        """Lets other runs in, once the save under way is done."""
+        self.writer.shutdown()
+        self.log.file.close()
+        self.lock.release()
+
     def close(self) -> None:
         """Waits for the save under way and lets other runs in. UserError where the newest state is not on the disk."""
         try:
             self.finish()
         finally:
-            self.log.file.close()
-            self.lock.release()
+            self.let_go()
+
+    def set_aside(self, iteration: int) -> None:
+        """Renames last.pt, and what else holds the state of this iteration, from which training diverges at once; not
+        the only state there is."""
+        self.report(wait=True)
+        bad = [path for path in states(self.folder) if updates_in(path) == iteration]
+        if bad and len(bad) < len(states(self.folder)):
+            with user_errors(OSError, about=f"{self.folder} cannot be written to"):
+                for path in bad:
+                    os.replace(path, self.folder / "last.diverged.pt")
+            note(f"note: the state of iteration {iteration} is set aside as {self.folder / 'last.diverged.pt'}")
 
 
 def _give_way() -> None:
     """Lets the computing threads go before this one, which halves what a save costs two busy cores."""
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _lock(folder: Path) -> filelock.BaseFileLock:
+def take_lock(folder: Path) -> filelock.BaseFileLock:
+    """The lock of a run's folder, held until it is released or the process ends. UserError where another has it."""
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=5)  # a run that was told to stop may still be ending
@@ -192,6 +232,14 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
+def _is_anothers(path: Path, run_id: str) -> bool:
+    """Whether a checkpoint is known to be another run's."""
+    try:
+        return peek(path)["config"].get("run_id") not in (None, run_id)
+    except Exception:  # missing or damaged, which can raise nearly anything
+        return False
+
+
 def _best_val_loss(path: Path, default: float) -> float:
     """The loss below which a resumed run replaces ckpt.pt: that of the file; infinite where it is damaged."""
     if not path.is_file():
@@ -199,8 +247,9 @@ def _best_val_loss(path: Path, default: float) -> float:
     try:
         verify(path)
         return float(peek(path)["best_val_loss"])
-    except (UserError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        note(f"warning: {path} cannot be read and will be replaced at the next evaluation ({error})")
+    except (UserError, pickle.UnpicklingError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        note(f"warning: {path} cannot be read and will be replaced at the next evaluation ({reason})")
         return math.inf
 
 
@@ -290,7 +339,8 @@ class Log:
         with user_errors(OSError, about=f"{self.path} cannot be written"):
             with self.lock:
                 if not (self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))):
-                    self.file = open(self.path, "ab", buffering=0)  # the folder was moved away, or the file deleted
+                    self.file = open(self.path, "ab", buffering=0)
+                    note(f"warning: {self.path} is no longer there (deleted, moved, unmounted?); a new one begins")
                 self._flush()
             os.fsync(self.file.fileno())
 

@@ -68,12 +68,15 @@ compile = True  # torch.compile, where there is a compiler: a slow first step, t
 config = configure(globals())
 
 import math
+import uuid
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -93,7 +96,7 @@ from loader import (
 from model import GPT, GPTConfig, derive_seed
 from processes import Processes, StopSignal, join_processes
 from progress import Diverged, Progress, Reporter
-from run_dir import RunDir
+from run_dir import RunDir, open_out_dir, take_lock
 from tokenizer import Tokenizer, load_tokenizer, read_meta
 
 
@@ -117,8 +120,8 @@ class Run:
 
 @memory_error_told()
 def main(c: Config) -> None:
-    r, train, val = prepare(c)
-    try:
+    with ExitStack() as held:
+        r, train, val = prepare(c, held)
         if (done := what_is_done(r)) and not c.eval_only:
             r.reporter.say(f"nothing left to do: {done}")
         else:
@@ -126,9 +129,6 @@ def main(c: Config) -> None:
                 train_until_done(r, train, val)
             if not c.eval_only:
                 finish(r)
-    finally:
-        if r.files:
-            r.files.lock.release()
     r.processes.end()
 
 
@@ -205,7 +205,7 @@ def number_is_due(iter_num: int, c: Config) -> bool:
 def what_is_done(r: Run) -> str:
     """Why a run has come to its end, in words; empty if it has not."""
     c, p = r.c, r.progress
-    if p.iter_num >= c.max_iters:
+    if p.iter_num > c.max_iters or p.iter_num == c.max_iters == p.evaluated_at:
         return f"all {c.max_iters:,} iterations are done; a larger --max_iters goes on"
     if c.patience and p.stale_evaluations >= c.patience:
         return f"the validation loss has not fallen in {p.stale_evaluations} evaluations; a larger --patience goes on"
@@ -215,11 +215,13 @@ def what_is_done(r: Run) -> str:
 def finish(r: Run) -> None:
     """The last lines of a run that has come to its end; UserError where its last state could not be saved."""
     c, p = r.c, r.progress
-    if c.epochs and p.epoch_iters:  # the last one, which rounding to whole iterations may have cut short
+    if (
+        c.epochs and p.epoch_iters and p.iter_num >= c.max_iters
+    ):  # the last one, which rounding to whole iterations may have cut short
         r.reporter.end_epoch(c.epochs)
     if p.iter_num < c.max_iters:
         r.reporter.say(f"stopped early: {what_is_done(r)}")
-    r.processes.first(lambda: r.files.close())
+    r.processes.first(lambda: r.files.finish())
     r.reporter.say(
         f"done: {p.iter_num:,} iterations, best val loss {p.best_val_loss:.4f}; python sample.py --out_dir={c.out_dir}"
     )
@@ -240,6 +242,8 @@ def work_kept(r: Run) -> Iterator[None]:
                 note(f"saved at iteration {r.progress.iter_num}, before the error")
             except Exception as why:  # the error to tell is the first one
                 note(f"warning: nothing was saved at iteration {r.progress.iter_num}: {why}")
+        if r.files and isinstance(error, Diverged):
+            r.files.set_aside(error.iteration)
         if lost:
             r.processes.heartbeat.part()
             raise SystemExit(
@@ -248,12 +252,13 @@ def work_kept(r: Run) -> Iterator[None]:
         raise
 
 
-def prepare(c: Config) -> tuple[Run, Tokens, Tokens]:
-    """Everything that can go wrong before the first step: the machine, the settings, the data, the model, the files."""
+def prepare(c: Config, held: ExitStack) -> tuple[Run, Tokens, Tokens]:
+    """Everything that can go wrong before the first step: the machine, the settings, the data, the model, the files,
+    which are let go of when `held` ends."""
     processes = join_processes(c.backend, c.device, c.peer_timeout)
     c.device = choose_device(c.device, processes.local_rank if processes.world_size > 1 else None)
     c.dtype = choose_dtype(c.dtype, c.device)
-    path, state = to_resume(c, processes)
+    path, state, lock = to_resume(c, processes, held)
     inherit(c, state.get("config", {}))
     check(c, processes.world_size)
 
@@ -285,6 +290,7 @@ def prepare(c: Config) -> tuple[Run, Tokens, Tokens]:
             scaler.load_state_dict(state["scaler"])
         seen = state["iter_num"] * per_step  # nanoGPT's files do not count sequences
         progress = Progress(state["iter_num"], state.get("sequences_seen", seen), state["best_val_loss"])
+        progress.evaluated_at = progress.iter_num  # as ckpt.pt was, which alone has no progress of its own
         for key, value in state.get("progress", {}).items():
             setattr(progress, key, value)
     reporter = Reporter(c, processes, model, progress, scaler.is_enabled())
@@ -302,45 +308,64 @@ def prepare(c: Config) -> tuple[Run, Tokens, Tokens]:
         for prompt in c.sample_prompts:
             prompt_ids(tokenizer, prompt)
     if not c.eval_only and not what_is_done(r):
-        processes.first(lambda: open_files(r, path))
+        c.run_id = state.get("config", {}).get("run_id") or uuid.uuid4().hex
+        processes.first(lambda: open_files(r, path, lock, held))
     return r, train, val
 
 
-def to_resume(c: Config, processes: Processes) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint that the first process chooses to go on from, loaded by each; (None, {}) where a run begins."""
+def to_resume(
+    c: Config, processes: Processes, held: ExitStack
+) -> tuple[Path | None, dict[str, Any], filelock.BaseFileLock | None]:
+    """The checkpoint that the first process chooses to go on from, loaded by each, and the lock of its folder, which is
+    taken before it is read; no checkpoint where a run begins."""
     if c.init_from not in ("resume", "auto"):
-        return None, {}
-    own = None
+        return None, {}, None
+    lock, found = None, (None, {})
 
     def choose() -> str:
-        nonlocal own
-        if c.init_from == "auto" and not checkpoint.has_run(c.out_dir):
-            return ""
-        own = checkpoint.newest(c.out_dir)
-        return str(own[0])
+        nonlocal lock, found
+        if Path(c.out_dir).is_dir() and not c.eval_only:
+            with user_errors(OSError, about=f"out_dir={c.out_dir} cannot be written to"):
+                lock = take_lock(Path(c.out_dir))
+            held.callback(lock.release)
+        if c.init_from == "resume" or checkpoint.has_run(c.out_dir):
+            found = checkpoint.newest(c.out_dir)
+        return str(found[0] or "")
 
     path = processes.agreed(choose)
-    if not path:
-        return None, {}
-    if own is None and not Path(path).is_file():
+    if path and not processes.master and Path(path).is_file():
+        found = Path(path), checkpoint.load(path)
+    if path and not processes.alike(signature(found[1])):
         raise UserError(
-            f"{path} is not on this machine: every machine of a run needs the same out_dir, on a shared disk"
+            f"not all processes find the same {path}: their machines need the same out_dir, on a shared disk"
         )
-    return own or (Path(path), checkpoint.load(path))
+    return *found, lock
 
 
-def open_files(r: Run, resumed_from: Path | None) -> None:
+def signature(state: dict[str, Any]) -> int:
+    """A number that differs for the states of different iterations and runs, and for none at all."""
+    weights = state["model"]["lm_head.weight"].float().numpy().tobytes() if state else b""
+    return state.get("iter_num", -1) * 2**32 + zlib.crc32(weights)
+
+
+def open_files(r: Run, resumed_from: Path | None, lock: filelock.BaseFileLock | None, held: ExitStack) -> None:
     """Where the first process writes to; last of all, so that a mistake has left an earlier run's files alone."""
     c = r.c
     r.reporter.wandb = start_wandb(c) if c.wandb_log else None
     fresh = not resumed_from and c.init_from != "auto"
-    r.files = RunDir(c.out_dir, resumed_from, r.started_at, r.progress.best_val_loss, fresh)
+    if not lock:
+        lock = take_lock(open_out_dir(c.out_dir))
+        held.callback(lock.release)
+    if c.init_from == "auto" and not resumed_from and checkpoint.has_run(c.out_dir):
+        raise UserError(f"another run has just begun in out_dir={c.out_dir}: start again to go on with it")
+    r.files = RunDir(c.out_dir, resumed_from, r.started_at, r.progress.best_val_loss, fresh, c.run_id, lock)
     r.reporter.log = r.files.log
+    held.callback(r.files.let_go)
 
 
 def inherit(c: Config, saved: dict[str, Any]) -> None:
     """On resuming, what the user did not set comes from the checkpoint, but for what belongs to this machine."""
-    of_this_machine = ("device", "dtype", "compile", "backend", "out_dir", "init_from", "eval_only")
+    of_this_machine = ("device", "dtype", "compile", "backend", "peer_timeout", "out_dir", "init_from", "eval_only")
     for key, value in saved.items():
         if key in vars(c) and key not in c.given and key not in of_this_machine:
             setattr(c, key, coerce(value, getattr(c, key), f"{key} in the checkpoint's config"))
@@ -488,7 +513,7 @@ def evaluate_and_save(r: Run, model: torch.nn.Module, train: Tokens, val: Tokens
     if c.eval_only:
         return
     if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
-        raise Diverged(f"the loss at iteration {p.iter_num}", c.out_dir)
+        raise Diverged(f"the loss at iteration {p.iter_num}", p.iter_num)
     r.reporter.record(
         "eval", iter=p.iter_num, train_loss=train_loss, val_loss=val_loss, val_accuracy=accuracy, epoch=epoch
     )
@@ -499,6 +524,8 @@ def evaluate_and_save(r: Run, model: torch.nn.Module, train: Tokens, val: Tokens
             save(r, val_loss)
         elif r.files:
             r.files.best_val_loss = val_loss  # an untrained model's file would be of no use
+    elif r.files and p.iter_num and val_loss < r.files.best_val_loss:
+        save(r, val_loss)  # ckpt.pt is damaged, or an earlier run's
     r.reporter.restart_clock()
 
 

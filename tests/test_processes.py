@@ -1,6 +1,7 @@
 """Several processes, on CPUs by gloo: what kills one of them, and what becomes of the others and of the run."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -80,13 +81,42 @@ def test_a_frozen_process_ends_the_job_within_the_time_that_is_set(stories, tmp_
     assert job.process.wait(60) != 0
 
 
-def test_two_machines_meet_by_c10d_and_stop_at_the_same_step(two, stories, tmp_path):
-    """Two torchruns on this machine stand for two machines with a shared disk; one of them is told to stop."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def test_without_torchrun_the_environment_is_enough(two, stories, tmp_path):
+    """As mpirun, srun or a hand sets it: the first process itself keeps the store at which they meet."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, ROOT / "train.py", *TINY_ARGS, f"--dataset={stories}", *RUN, "--eval_interval=10"]
+    processes = [
+        subprocess.Popen(command, cwd=tmp_path, env=os.environ | world | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert figures(tmp_path / "out") == figures(two)
+
+
+def test_machines_without_a_shared_disk_are_told_so(two, stories, tmp_path):
+    """Each finds a checkpoint under the same name, but not the same one."""
+    launcher = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=apart", "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{free_port()}"]  # fmt: skip
+    jobs = []
+    for name, file in (("a", "last.pt"), ("b", "last.prev.pt")):
+        (tmp_path / name / "out").mkdir(parents=True)
+        shutil.copy(two / file, tmp_path / name / "out" / "last.pt")
+        jobs.append(Job(tmp_path / name, stories, *launcher, settings=["--init_from=resume", "--max_iters=40"]))
+    for job in jobs:
+        assert job.process.wait(90) != 0
+        assert "not all processes find the same out/last.pt" in job.text(), job.text()
+
+
+def test_two_machines_meet_by_c10d_and_stop_at_the_same_step(two, stories, tmp_path):
+    """Two torchruns on this machine stand for two machines with a shared disk; one of them is told to stop."""
     launcher = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test", "--rdzv_backend=c10d",
-                f"--rdzv_endpoint=127.0.0.1:{port}"]  # fmt: skip
+                f"--rdzv_endpoint=127.0.0.1:{free_port()}"]  # fmt: skip
     jobs = [Job(tmp_path, stories, *launcher, settings=["--init_from=auto"]) for _ in range(2)]
     master = jobs[0]
     while "iter 9:" not in master.text():

@@ -232,3 +232,25 @@ files.close()
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("no memory for a copy") == 1, done.stderr
     assert checkpoint.load(tmp_path / "last.pt")["model"]["w"].sum() == 30_000_000
+
+
+def test_an_earlier_runs_files_are_never_taken_for_this_ones(tmp_path, capsys):
+    def state(iter_num, run_id):
+        return a_state(iter_num) | {"config": {"run_id": run_id}}
+
+    old = RunDir(str(tmp_path), None, run_id="old")
+    old.save(state(500, "old"), {}, 1.0)
+    old.close()
+    new = RunDir(str(tmp_path), None, run_id="new")
+    (tmp_path / "ckpt.pt.tmp").mkdir()  # so that ckpt.pt cannot be written, as if the run ended before it was
+    new.save(state(10, "new"), {}, 2.0)
+    with pytest.raises(UserError, match="ckpt.pt"):
+        new.close()
+    assert checkpoint.newest(str(tmp_path))[1]["config"]["run_id"] == "new"
+    assert checkpoint.load(tmp_path / "ckpt.pt")["config"]["run_id"] == "old"
+    (tmp_path / "ckpt.pt.tmp").rmdir()
+    new = RunDir(str(tmp_path), tmp_path / "last.pt", 10, 2.0, fresh=False, run_id="new")
+    assert new.save(state(12, "new"), {}, 2.5)  # worse than the other run's, which is not its to keep
+    new.close()
+    assert checkpoint.load(tmp_path / "ckpt.pt")["iter_num"] == 12
+    assert checkpoint.load(tmp_path / "last.prev.pt")["iter_num"] == 10

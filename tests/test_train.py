@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -6,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import checkpoint
 import loader
 import train
 from configurator import UserError, configure
+from run_dir import RunDir
 
 RUN = ["--dropout=0.1", "--gradient_accumulation_steps=4", "--max_iters=30", "--lr_decay_iters=30", "--log_interval=1"]
 
@@ -509,7 +512,7 @@ def test_last_pt_is_saved_as_often_as_asked_and_numbered_ones_are_kept(straight,
     assert status == -signal.SIGKILL
     saved = checkpoint.newest(str(tmp_path / "out"))[1]["iter_num"]
     assert 18 <= saved <= 24
-    assert {"ckpt-7.pt", "ckpt-14.pt"} <= {p.name for p in (tmp_path / "out").iterdir()} | {"ckpt-7.pt"}
+    assert (tmp_path / "out" / "ckpt-14.pt").is_file()
     done = run_script("train.py", "--init_from=resume", "--device=cpu", "--compile=False", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "out").glob("ckpt-*")} == {"ckpt-21.pt", "ckpt-28.pt"}
@@ -575,6 +578,9 @@ def test_a_gradient_that_is_not_finite_is_noticed_before_anything_is_saved(strai
         train.main(settings(*RESUME, *wild))
     for path in (tmp_path / "out").glob("*.pt"):
         assert all(w.isfinite().all() for w in checkpoint.load(path)["model"].values()), path
+    # weights of 1e20 are finite, but their loss is not: the state that leads there is not the one to go on from
+    train.main(settings(*RESUME, "--max_iters=36"))
+    assert checkpoint.newest("out")[1]["iter_num"] == 36 and (tmp_path / "out" / "last.diverged.pt").is_file()
 
 
 def test_skipped_updates_of_a_loss_scaler_are_counted_and_logged_and_resumed(stories, tmp_path, monkeypatch, capsys):
@@ -582,13 +588,16 @@ def test_skipped_updates_of_a_loss_scaler_are_counted_and_logged_and_resumed(sto
     monkeypatch.chdir(tmp_path)
 
     def run(*argv, until):
-        r, *data = train.prepare(settings(*TINY_ARGS, f"--dataset={stories}", *RUN, f"--max_iters={until}", *argv))
+        held = contextlib.ExitStack()
+        c = settings(*TINY_ARGS, f"--dataset={stories}", *RUN, f"--max_iters={until}", *argv)
+        r, *data = train.prepare(c, held)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=5)
         if r.started_at:
             scaler.load_state_dict(checkpoint.load("out/last.pt")["scaler"])
         r.scaler, r.reporter.scaled = scaler, True
         train.train_until_done(r, *data)
         train.finish(r)
+        held.close()
         return log_of(tmp_path / r.c.out_dir)
 
     straight = run("--out_dir=straight", until=30)
@@ -628,3 +637,44 @@ def test_a_dataset_that_has_changed_is_told_on_resuming(straight, stories, tmp_p
     (tmp_path / "data" / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     train.main(settings(*RESUME, f"--dataset={tmp_path / 'data'}", "--max_iters=32"))
     assert "no longer the one" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, the file that is always full")
+def test_a_console_on_a_full_disk_does_not_end_training(straight, stories, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *TINY_ARGS, f"--dataset={stories}", *RUN, "--eval_interval=10"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, cwd=tmp_path, stdout=full, stderr=full).returncode == 0
+    assert_same_state(tmp_path / "out", straight[0])
+
+
+def test_a_run_that_is_ending_is_waited_for_before_its_checkpoint_is_chosen(straight, stories, tmp_path):
+    ending = RunDir(str(tmp_path / "out"), None)
+    auto = [f"--dataset={stories}", *RUN, "--eval_interval=10", "--init_from=auto", "--max_iters=31"]
+    command = [sys.executable, str(ROOT / "train.py"), *TINY_ARGS, *auto]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    time.sleep(4)
+    for path in straight[0].iterdir():
+        shutil.copy(path, tmp_path / "out")
+    ending.close()
+    said = process.communicate()[0]
+    assert process.returncode == 0 and "at iteration 30" in said, said
+    assert [i for i, *_ in figures(tmp_path / "out")] == list(range(31))
+
+
+def test_an_evaluation_that_the_end_of_a_run_lacks_is_made_up_for(straight, tmp_path, monkeypatch, capsys):
+    copy_run(straight, tmp_path, monkeypatch)
+    state = torch.load("out/last.pt", weights_only=True)
+    state["progress"]["evaluated_at"] = 20  # as an error during the last evaluation leaves it
+    checkpoint.save(tmp_path / "out" / "last.pt", state)
+    train.main(settings(*RESUME))
+    assert "step 30:" in capsys.readouterr().out
+    assert [e["iter"] for e in log_of(tmp_path / "out", "eval")] == [0, 10, 20, 30]
+    train.main(settings(*RESUME))
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_patience_ends_no_epoch(stories, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    still = [f"--dataset={stories}", "--epochs=10", "--learning_rate=0", "--min_lr=0", "--eval_interval=20"]
+    train_here(*still, "--patience=2", "--gradient_accumulation_steps=4")
+    assert len(log_of(tmp_path / "out")) == 40 and [e["epoch"] for e in log_of(tmp_path / "out", "epoch")] == [1]

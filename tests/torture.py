@@ -127,7 +127,7 @@ class Training:
 
     def writing(self) -> bool:
         """Whether a file is being written, or waits to take its name."""
-        return self.out.is_dir() and any(name.endswith(".tmp") for name in os.listdir(self.out))
+        return self.out.is_dir() and any(name.endswith(".pt.tmp") for name in os.listdir(self.out))
 
     def lines(self) -> int:
         """Lines in the log."""
