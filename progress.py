@@ -32,6 +32,15 @@ class Progress:
     epoch_seconds: float = 0.0
 
 
+def what_is_done(c: Config, p: Progress) -> str:
+    """Why a run has come to its end, in words; empty if it has not."""
+    if p.iter_num > c.max_iters or p.iter_num == c.max_iters == p.evaluated_at:
+        return f"all {c.max_iters:,} iterations are done; a larger --max_iters goes on"
+    if c.patience and p.stale_evaluations >= c.patience:
+        return f"the validation loss has not fallen in {p.stale_evaluations} evaluations; a larger --patience goes on"
+    return ""
+
+
 @dataclass(frozen=True)
 class Step:
     """An iteration's loss and gradient norm on their way from the device."""

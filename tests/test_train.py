@@ -16,8 +16,10 @@ from conftest import ROOT, TINY, TINY_ARGS, run_script, torchrun
 
 import checkpoint
 import loader
+import startup
 import train
 from configurator import UserError, configure
+from model import GPT, GPTConfig
 from run_dir import RunDir
 
 RUN = ["--dropout=0.1", "--gradient_accumulation_steps=4", "--max_iters=30", "--lr_decay_iters=30", "--log_interval=1"]
@@ -60,6 +62,8 @@ def interrupted(folder, dataset, at, number, *argv):
     for line in process.stdout:
         output += line
         if line.startswith(f"iter {at}:"):
+            while number == signal.SIGKILL and process.poll() is None and not (folder / "out" / "last.pt").is_file():
+                time.sleep(0.001)  # saved while training goes on: at the latest when the next evaluation waits for it
             process.send_signal(number)
             break
     output += process.stdout.read()
@@ -85,7 +89,7 @@ def test_the_console_lines_are_nanogpts(straight):
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_killed_and_resumed_is_bit_for_bit_the_straight_run(straight, stories, tmp_path):
     status, _ = interrupted(tmp_path, stories, 13, signal.SIGKILL, "--eval_interval=10")
-    assert status == -signal.SIGKILL and checkpoint.newest(str(tmp_path / "out"))[1]["iter_num"] == 10
+    assert status == -signal.SIGKILL and checkpoint.newest(str(tmp_path / "out"))[1]["iter_num"] in (10, 20)
     done = run_script("train.py", "--init_from=resume", "--device=cpu", "--compile=False", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert figures(tmp_path / "out") == figures(straight[0])
@@ -174,7 +178,7 @@ def nanogpt_run(folder):
     meta = {"vocab_size": 12, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
     (data / "meta.pkl").write_bytes(pickle.dumps(meta))
     args = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, bias=False, vocab_size=12, dropout=0.0)
-    model = train.GPT(train.GPTConfig(**args))
+    model = GPT(GPTConfig(**args))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
     for _ in range(3):
         x = torch.randint(12, (2, 16))
@@ -410,20 +414,20 @@ def test_every_config_file_has_known_keys_and_sound_settings(capsys):
     for path in sorted((ROOT / "config").glob("*.py")):
         c = settings(str(path))
         assert c.given and "also sets" not in capsys.readouterr().err, path
-        train.check(c, 1)
-        train.GPTConfig(**{k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")})
+        startup.check(c, 1)
+        GPTConfig(**{k: getattr(c, k) for k in ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")})
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 5, 8, 10, 20, 40])
 def test_gpt2s_config_gives_half_a_million_tokens_at_any_number_of_processes(processes):
     c = settings("config/train_gpt2.py")
-    train.check(c, processes)
+    startup.check(c, processes)
     assert c.batch_size * c.block_size * c.gradient_accumulation_steps == 491_520
 
 
 def test_the_shakespeare_512_recipe_has_its_papers_numbers():
     c = settings("config/train_shakespeare_512.py")
-    blocks = train.blocks_per_epoch(1_003_854, c.block_size)
+    blocks = loader.blocks_per_epoch(1_003_854, c.block_size)
     assert c.epochs * blocks // c.batch_size == 1960 and c.warmup_iters * c.batch_size * c.block_size == 128 * 128 * 20
 
 
@@ -510,8 +514,7 @@ def test_last_pt_is_saved_as_often_as_asked_and_numbered_ones_are_kept(straight,
     often = ["--eval_interval=10", "--save_interval=3", "--keep_checkpoints=2", "--checkpoint_interval=7"]
     status, _ = interrupted(tmp_path, stories, 23, signal.SIGKILL, *often)
     assert status == -signal.SIGKILL
-    saved = checkpoint.newest(str(tmp_path / "out"))[1]["iter_num"]
-    assert 18 <= saved <= 24
+    assert 14 <= checkpoint.newest(str(tmp_path / "out"))[1]["iter_num"] <= 30  # numbered ones are waited for
     assert (tmp_path / "out" / "ckpt-14.pt").is_file()
     done = run_script("train.py", "--init_from=resume", "--device=cpu", "--compile=False", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -590,7 +593,7 @@ def test_skipped_updates_of_a_loss_scaler_are_counted_and_logged_and_resumed(sto
     def run(*argv, until):
         held = contextlib.ExitStack()
         c = settings(*TINY_ARGS, f"--dataset={stories}", *RUN, f"--max_iters={until}", *argv)
-        r, *data = train.prepare(c, held)
+        r, *data = startup.prepare(c, held)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=5)
         if r.started_at:
             scaler.load_state_dict(checkpoint.load("out/last.pt")["scaler"])
@@ -622,7 +625,7 @@ def test_compiled_killed_and_resumed_is_bit_for_bit_the_straight_compiled_run(st
     status, _ = interrupted(tmp_path / "killed", stories, 7, signal.SIGKILL, *one)
     assert status == -signal.SIGKILL
     done = run_script("train.py", *RESUME[:2], "--compile=True", cwd=tmp_path / "killed")
-    assert done.returncode == 0 and "at iteration 5" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stdout + done.stderr
     assert figures(tmp_path / "killed" / "out") == figures(tmp_path / "straight" / "out")
     assert_same_state(tmp_path / "killed" / "out", tmp_path / "straight" / "out")
 

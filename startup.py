@@ -1,0 +1,237 @@
+"""What comes before the first step, and can go wrong there: settings, machine, data, model and files."""
+
+import uuid
+import zlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+
+import checkpoint
+from configurator import Config, UserError, coerce, note, user_errors
+from device import choose_device, choose_dtype
+from generate import prompt_ids
+from loader import Tokens, blocks_per_epoch, check_vocabulary, dataset_folder, fingerprint, open_split
+from model import GPT, GPTConfig, derive_seed
+from processes import Processes, join_processes
+from progress import Progress, Reporter, what_is_done
+from run_dir import RunDir, open_out_dir, take_lock
+from tokenizer import Tokenizer, load_tokenizer, read_meta
+
+
+@dataclass
+class Run:
+    """What belongs together while a run lasts. `files` is None in every process but the first."""
+
+    c: Config
+    processes: Processes
+    model: GPT
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    reporter: Reporter
+    data: dict[str, str]  # the dataset's fingerprint
+    files: RunDir | None = None
+    started_at: int = 0  # the iteration from which this process goes on
+    whole: bool = True  # False while an update changes the weights: what is half done is never saved
+
+
+def prepare(c: Config, held: ExitStack) -> tuple[Run, Tokens, Tokens]:
+    """Everything that can go wrong before the first step: the machine, the settings, the data, the model, the files,
+    which are let go of when `held` ends."""
+    processes = join_processes(c.backend, c.device, c.peer_timeout)
+    c.device = choose_device(c.device, processes.local_rank if processes.world_size > 1 else None)
+    c.dtype = choose_dtype(c.dtype, c.device)
+    path, state, lock = to_resume(c, processes, held)
+    inherit(c, state.get("config", {}))
+    check(c, processes.world_size)
+
+    folder = dataset_folder(c.dataset)
+    tokenizer = load_tokenizer(folder)
+    torch.manual_seed(derive_seed(c.seed))
+    model = build_model(c, path, state, tokenizer)
+    train, val = open_split(folder, "train", c.block_size), open_split(folder, "val", c.block_size)
+    meta, vocab_size = read_meta(folder), model.config.vocab_size
+    processes.first(lambda: [check_vocabulary(tokens, meta, vocab_size) for tokens in (train, val)])
+    data = fingerprint(folder)
+    if state.get("data", data) != data:
+        note(f"warning: the dataset {c.dataset} is no longer the one that this run began with")
+    per_step = c.batch_size * c.gradient_accumulation_steps
+    epoch_length = blocks_per_epoch(len(train.ids), c.block_size)
+    if c.epochs:
+        c.max_iters = max(1, c.epochs * epoch_length // per_step)
+        if "lr_decay_iters" not in c.given and not state:
+            c.lr_decay_iters = c.max_iters
+
+    model.to(c.device)
+    kind = torch.device(c.device).type
+    optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), kind, c.adam_eps)
+    scaler = torch.amp.GradScaler(kind, enabled=c.dtype == "float16")
+    progress = Progress()
+    if state:
+        checkpoint.load_optimizer(optimizer, model, state, path)
+        if state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+        seen = state["iter_num"] * per_step  # nanoGPT's files do not count sequences
+        progress = Progress(state["iter_num"], state.get("sequences_seen", seen), state["best_val_loss"])
+        progress.evaluated_at = progress.iter_num  # as ckpt.pt was, which alone has no progress of its own
+        for key, value in state.get("progress", {}).items():
+            setattr(progress, key, value)
+    reporter = Reporter(c, processes, model, progress, scaler.is_enabled())
+    r = Run(c, processes, model, tokenizer, optimizer, scaler, progress, reporter, data, started_at=progress.iter_num)
+    reporter.say(
+        f"tokens per iteration will be: {per_step * c.block_size:,}; "
+        f"an epoch is {epoch_length / per_step:,.1f} iterations"
+    )
+    reporter.say(
+        f"number of parameters: {model.get_num_params() / 1e6:.2f}M; {processes.world_size} x {c.device}, {c.dtype}"
+    )
+    if state:
+        reporter.say(f"resuming from {path} at iteration {r.started_at:,}")
+    if c.sample_interval:
+        for prompt in c.sample_prompts:
+            prompt_ids(tokenizer, prompt)
+    if not c.eval_only and not what_is_done(c, progress):
+        c.run_id = state.get("config", {}).get("run_id") or uuid.uuid4().hex
+        processes.first(lambda: open_files(r, path, lock, held))
+    return r, train, val
+
+
+def to_resume(
+    c: Config, processes: Processes, held: ExitStack
+) -> tuple[Path | None, dict[str, Any], filelock.BaseFileLock | None]:
+    """The checkpoint that the first process chooses to go on from, loaded by each, and the lock of its folder, which is
+    taken before it is read; no checkpoint where a run begins."""
+    if c.init_from not in ("resume", "auto"):
+        return None, {}, None
+    lock, found = None, (None, {})
+
+    def choose() -> str:
+        nonlocal lock, found
+        if Path(c.out_dir).is_dir() and not c.eval_only:
+            with user_errors(OSError, about=f"out_dir={c.out_dir} cannot be written to"):
+                lock = take_lock(Path(c.out_dir))
+            held.callback(lock.release)
+        if c.init_from == "resume" or checkpoint.has_run(c.out_dir):
+            found = checkpoint.newest(c.out_dir)
+        return str(found[0] or "")
+
+    path = processes.agreed(choose)
+    if path and not processes.master and Path(path).is_file():
+        found = Path(path), checkpoint.load(path)
+    if path and not processes.alike(signature(found[1])):
+        raise UserError(
+            f"not all processes find the same {path}: their machines need the same out_dir, on a shared disk"
+        )
+    return *found, lock
+
+
+def signature(state: dict[str, Any]) -> int:
+    """A number that differs for the states of different iterations and runs, and for none at all."""
+    weights = state["model"]["lm_head.weight"].float().numpy().tobytes() if state else b""
+    return state.get("iter_num", -1) * 2**32 + zlib.crc32(weights)
+
+
+def open_files(r: Run, resumed_from: Path | None, lock: filelock.BaseFileLock | None, held: ExitStack) -> None:
+    """Where the first process writes to; last of all, so that a mistake has left an earlier run's files alone."""
+    c = r.c
+    r.reporter.wandb = start_wandb(c) if c.wandb_log else None
+    fresh = not resumed_from and c.init_from != "auto"
+    if not lock:
+        lock = take_lock(open_out_dir(c.out_dir))
+        held.callback(lock.release)
+    if c.init_from == "auto" and not resumed_from and checkpoint.has_run(c.out_dir):
+        raise UserError(f"another run has just begun in out_dir={c.out_dir}: start again to go on with it")
+    r.files = RunDir(c.out_dir, resumed_from, r.started_at, r.progress.best_val_loss, fresh, c.run_id, lock)
+    r.reporter.log = r.files.log
+    held.callback(r.files.let_go)
+
+
+def inherit(c: Config, saved: dict[str, Any]) -> None:
+    """On resuming, what the user did not set comes from the checkpoint, but for what belongs to this machine."""
+    of_this_machine = ("device", "dtype", "compile", "backend", "peer_timeout", "out_dir", "init_from", "eval_only")
+    for key, value in saved.items():
+        if key in vars(c) and key not in c.given and key not in of_this_machine:
+            setattr(c, key, coerce(value, getattr(c, key), f"{key} in the checkpoint's config"))
+    if "max_iters" in c.given and "epochs" not in c.given[c.given.index("max_iters") :]:
+        c.epochs = 0
+
+
+def check(c: Config, world_size: int) -> None:
+    """UserError for settings that make no sense."""
+    if not c.out_dir:
+        raise UserError("out_dir is empty: expected a folder")
+    for key in ("batch_size", "block_size", "gradient_accumulation_steps",
+                "eval_interval", "eval_iters", "log_interval", "peer_timeout"):  # fmt: skip
+        if getattr(c, key) < 1:
+            raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
+    for key in ("max_iters", "epochs", "warmup_iters", "lr_decay_iters", "sample_interval", "sample_tokens",
+                "learning_rate", "min_lr", "weight_decay", "grad_clip", "patience", "save_interval",
+                "keep_checkpoints", "checkpoint_interval"):  # fmt: skip
+        if getattr(c, key) < 0:
+            raise UserError(f"{key}={getattr(c, key)}: expected 0 or more")
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(c, key) < 1:
+            raise UserError(f"{key}={getattr(c, key)}: expected at least 0 and below 1")
+    if c.adam_eps <= 0:
+        raise UserError(f"adam_eps={c.adam_eps}: expected more than 0")
+    if c.lr_schedule not in ("cosine", "linear"):
+        raise UserError(f"lr_schedule={c.lr_schedule}: expected cosine or linear")
+    if c.gradient_accumulation_steps % world_size:
+        raise UserError(
+            f"gradient_accumulation_steps={c.gradient_accumulation_steps} counts the micro-steps of all {world_size} "
+            f"processes together, so it must be divisible by {world_size}, such as "
+            f"--gradient_accumulation_steps={c.gradient_accumulation_steps * world_size}"
+        )
+
+
+def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: Tokenizer) -> GPT:
+    """The model to train, on the CPU, its context cropped to block_size; c's architecture is made to say what it is."""
+    architecture = ("n_layer", "n_head", "n_embd", "bias")
+    if not state and c.init_from in ("scratch", "auto"):
+        vocab_size = 50304 if tokenizer.kind == "gpt2" else tokenizer.vocab_size  # GPT-2's 50257, padded to be faster
+        keys = (*architecture, "block_size", "dropout")
+        with user_errors(ValueError):
+            return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(c, key) for key in keys}))
+    if state:
+        model = checkpoint.model_of(state, path, c.dropout)
+        theirs = checkpoint.tokenizer_of(state, path) if "tokenizer" in state else None
+    else:
+        model, theirs = checkpoint.pretrained(c.init_from, c.dropout)
+    source = path or c.init_from
+    if theirs not in (None, tokenizer) or not checkpoint.fits(tokenizer, model.config.vocab_size):
+        raise UserError(
+            f"the dataset {c.dataset} has another tokenizer than {source}: prepare it with --tokenizer={source}"
+        )
+    for key in architecture:
+        own, asked = getattr(model.config, key), getattr(c, key)
+        if key in c.given and own != asked:
+            if state:
+                raise UserError(f"{key}={asked} is set, but {source} has {own}: a resumed run keeps its architecture")
+            note(f"note: {key}={own} comes from {source}, not {asked}")
+        setattr(c, key, own)
+    if c.block_size > model.config.block_size:
+        if "block_size" in c.given and state:
+            raise UserError(
+                f"block_size={c.block_size} is set, but {source} has a context of {model.config.block_size}"
+            )
+        if "block_size" in c.given:
+            note(f"note: block_size={model.config.block_size} comes from {source}, not {c.block_size}")
+        c.block_size = model.config.block_size
+    if c.block_size < model.config.block_size:
+        model.crop_block_size(c.block_size)
+    return model
+
+
+def start_wandb(c: Config) -> Any:
+    """A wandb run; its settings come from its own environment variables, such as WANDB_MODE=offline."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb_log needs a package: pip install wandb; or pass --wandb_log=False") from None
+    with user_errors(wandb.Error, about="wandb could not start (WANDB_MODE=offline needs no account)"):
+        return wandb.init(project=c.wandb_project, name=c.wandb_run_name, config=dict(vars(c)))
