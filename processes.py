@@ -36,20 +36,24 @@ class Heartbeat:
         self.heard: dict[int, str] = {}  # the last sign of life of each other process
         self.silent = dict.fromkeys(self.others, 0)  # beats since it changed
         self.unanswered = 0  # beats since the store answered
-        self.ended = threading.Event()
+        self.ended, self.parted = threading.Event(), False
+        self.client: threading.Thread | None = None
         self._beat(0)
 
     def start(self) -> None:
         """Once every process has given its first sign of life."""
         # The store's client can hang where its machine has gone, so it has a thread apart from the one that judges.
-        threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._judge)]
-        for thread in threads:
-            thread.start()
-        atexit.register(self._stop, threads[0])
+        self.client = threading.Thread(target=self._exchange, daemon=True)
+        self.client.start()
+        threading.Thread(target=self._judge, daemon=True).start()
+        atexit.register(self.stop)
 
-    def _stop(self, thread: threading.Thread) -> None:
+    def stop(self, in_good_order: bool = False) -> None:
+        """No more signs of life; `in_good_order`, the others are told not to look for any."""
+        self.parted = in_good_order or self.parted
         self.ended.set()
-        thread.join(2 * BEAT)  # a thread inside the store's client would abort an interpreter that ends
+        if self.client:  # a thread inside the store's client would abort an interpreter that ends
+            self.client.join(2 * BEAT)
 
     def _beat(self, number: int) -> None:
         self.store.set(f"alive/{self.rank}", f"{number} pid {os.getpid()} on {socket.gethostname()}")
@@ -57,7 +61,7 @@ class Heartbeat:
     def _exchange(self) -> None:
         for number in itertools.count(1):
             if self.ended.wait(BEAT):
-                return
+                break
             with suppress(RuntimeError):  # the store's machine is gone; `unanswered` says so in the end
                 self._beat(number)
                 signs = self.store.multi_get([f"alive/{other}" for other in self.others])
@@ -65,6 +69,9 @@ class Heartbeat:
                 for other, sign in zip(self.others, map(bytes.decode, signs), strict=True):
                     self.silent[other] = self.silent[other] + 1 if sign == self.heard.get(other) else 0
                     self.heard[other] = sign
+        if self.parted:
+            with suppress(RuntimeError):
+                self.store.set(f"alive/{self.rank}", "left")
 
     def _judge(self) -> None:
         while not self.ended.wait(BEAT):
@@ -83,11 +90,6 @@ class Heartbeat:
         if self.unanswered > beats:
             return f"the machine at which the processes met has not answered for {beats * BEAT:.0f} s"
         return ""
-
-    def part(self) -> None:
-        self.ended.set()
-        with suppress(RuntimeError):
-            self.store.set(f"alive/{self.rank}", "left")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Processes:
         """Waits until every process is here, so that torchrun ends none of them early, and parts."""
         if self.control:
             dist.barrier(group=self.control)
-            self.heartbeat.part()
+            self.heartbeat.stop(in_good_order=True)
             dist.destroy_process_group()
 
 

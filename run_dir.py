@@ -205,10 +205,13 @@ class RunDir:
         self.report(wait=True)
         bad = [path for path in states(self.folder) if updates_in(path) == iteration]
         if bad and len(bad) < len(states(self.folder)):
-            with user_errors(OSError, about=f"{self.folder} cannot be written to"):
+            aside = self.folder / "last.diverged.pt"
+            try:
                 for path in bad:
-                    os.replace(path, self.folder / "last.diverged.pt")
-            note(f"note: the state of iteration {iteration} is set aside as {self.folder / 'last.diverged.pt'}")
+                    os.replace(path, aside)
+                note(f"note: the state of iteration {iteration} is set aside as {aside}")
+            except OSError as error:
+                note(f"warning: {bad[0]}, from which training diverges, could not be set aside: {error}")
 
 
 def _give_way() -> None:

@@ -173,12 +173,10 @@ def number_is_due(iter_num: int, c: Config) -> bool:
 def finish(r: Run) -> None:
     """The last lines of a run that has come to its end; UserError where its last state could not be saved."""
     c, p = r.c, r.progress
-    if (
-        c.epochs and p.epoch_iters and p.iter_num >= c.max_iters
-    ):  # the last one, which rounding to whole iterations may have cut short
-        r.reporter.end_epoch(c.epochs)
     if p.iter_num < c.max_iters:
         r.reporter.say(f"stopped early: {what_is_done(c, p)}")
+    elif c.epochs and p.epoch_iters:  # the last one, which rounding to whole iterations may have cut short
+        r.reporter.end_epoch(c.epochs)
     r.processes.first(lambda: r.files.finish())
     r.reporter.say(
         f"done: {p.iter_num:,} iterations, best val loss {p.best_val_loss:.4f}; python sample.py --out_dir={c.out_dir}"
@@ -203,7 +201,7 @@ def work_kept(r: Run) -> Iterator[None]:
         if r.files and isinstance(error, Diverged):
             r.files.set_aside(error.iteration)
         if lost:
-            r.processes.heartbeat.part()
+            r.processes.heartbeat.stop(in_good_order=True)
             raise SystemExit(
                 f"process {r.processes.rank} ends after iteration {r.progress.iter_num}: {lost}"
             ) from error
