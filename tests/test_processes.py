@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY_ARGS
-from test_train import RUN, assert_same_state, figures
+from test_train import RUN, SLOWLY, assert_same_state, figures
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 
@@ -22,7 +22,7 @@ class Job:
     def __init__(self, folder: Path, dataset: Path, *launcher: str, settings=()):
         self.said = folder / f"said{len(list(folder.glob('said*')))}.txt"
         command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "train.py")]
-        keys = [*TINY_ARGS, f"--dataset={dataset}", *RUN, "--eval_interval=10", *settings]
+        keys = [*TINY_ARGS, f"--dataset={dataset}", *RUN, *SLOWLY, "--eval_interval=10", *settings]
         with open(self.said, "wb") as file:
             self.process = subprocess.Popen([*command, *keys], cwd=folder, stdout=file, stderr=file)
 
