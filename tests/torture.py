@@ -173,7 +173,7 @@ def compare(out: Path, reference: Path) -> None:
 def kill_until_done(home: Path, reference: Path, tally: Tally, rng: random.Random, enough) -> None:
     """One run, killed again and again and resumed each time, until it is done or there were enough kills."""
     home.mkdir()
-    had_checkpoint, harmed = False, -1  # the inode of the file that was damaged here
+    had_checkpoint, harmed = False, set()  # the inodes of the files that were damaged here
     while True:
         training = Training(home)
         how, start = rng.random(), training.lines()
@@ -201,15 +201,15 @@ def kill_until_done(home: Path, reference: Path, tally: Tally, rng: random.Rando
         if had_checkpoint:
             saved = newest(training.out)["iter_num"]  # raises where nothing is loadable
             for path in training.out.glob("*.pt"):
-                if path.stat().st_ino != harmed:
+                if path.stat().st_ino not in harmed:
                     checkpoint.load(path)  # no file is ever half written, whichever of them is resumed
             logged = [line["iter"] for line in complete_lines(training.out) if line["kind"] == "train"]
             with tally.lock:
                 tally.lost.append(max(0, max(logged, default=-1) + 1 - saved))
             last = training.out / "last.pt"
-            if rng.random() < 0.15 and saved > 5 and last.is_file() and last.stat().st_ino != harmed:
+            if rng.random() < 0.15 and saved > 5 and last.is_file() and last.stat().st_ino not in harmed:
                 damage(last, rng)
-                harmed = last.stat().st_ino
+                harmed.add(last.stat().st_ino)
                 tally.add("resumes with a damaged last.pt")
 
 
