@@ -113,8 +113,7 @@ def to_resume(
     def choose() -> str:
         nonlocal lock, found
         if Path(c.out_dir).is_dir() and not c.eval_only:
-            with user_errors(OSError, about=f"out_dir={c.out_dir} cannot be written to"):
-                lock = take_lock(Path(c.out_dir))
+            lock = take_lock(Path(c.out_dir))
             held.callback(lock.release)
         if c.init_from == "resume" or checkpoint.has_run(c.out_dir):
             found = checkpoint.newest(c.out_dir)
@@ -123,7 +122,7 @@ def to_resume(
     path = processes.agreed(choose)
     if path and not processes.master and Path(path).is_file():
         found = Path(path), checkpoint.load(path)
-    if path and not processes.alike(signature(found[1])):
+    if path and processes.world_size > 1 and not processes.alike(signature(found[1])):
         raise UserError(
             f"not all processes find the same {path}: their machines need the same out_dir, on a shared disk"
         )
@@ -132,8 +131,8 @@ def to_resume(
 
 def signature(state: dict[str, Any]) -> int:
     """A number that differs for the states of different iterations and runs, and for none at all."""
-    weights = state["model"]["lm_head.weight"].float().numpy().tobytes() if state else b""
-    return state.get("iter_num", -1) * 2**32 + zlib.crc32(weights)
+    weights = state.get("model", {}).get("lm_head.weight", torch.empty(0))
+    return state.get("iter_num", -1) * 2**32 + zlib.crc32(weights.float().numpy().tobytes())
 
 
 def open_files(r: Run, resumed_from: Path | None, lock: filelock.BaseFileLock | None, held: ExitStack) -> None:

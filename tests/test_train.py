@@ -682,3 +682,12 @@ def test_patience_ends_no_epoch(stories, tmp_path, monkeypatch):
     still = [f"--dataset={stories}", "--epochs=10", "--learning_rate=0", "--min_lr=0", "--eval_interval=20"]
     train_here(*still, "--patience=2", "--gradient_accumulation_steps=4")
     assert len(log_of(tmp_path / "out")) == 40 and [e["epoch"] for e in log_of(tmp_path / "out", "epoch")] == [1]
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_a_sentence(straight, tmp_path, monkeypatch):
+    copy_run(straight, tmp_path, monkeypatch)
+    state = torch.load("out/last.pt", weights_only=True)
+    del state["model"]["lm_head.weight"]
+    checkpoint.save(tmp_path / "out" / "last.pt", state)
+    with pytest.raises(UserError, match="do not make a GPT"):
+        train.main(settings(*RESUME, "--max_iters=40"))
