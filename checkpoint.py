@@ -23,7 +23,7 @@ import torch
 from configurator import UserError, note, user_errors
 from loader import dataset_folder
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, load_tokenizer, tokenizer_from_meta
+from tokenizer import Tokenizer, load_tokenizer, read_meta, tokenizer_from_meta
 
 STATES = ("last.pt", "last.prev.pt")  # complete ones, beside the numbered
 
@@ -204,6 +204,15 @@ def tokenizer_of(state: dict[str, Any], where: str | Path) -> Tokenizer:
     if not fits(tokenizer, state["model_args"]["vocab_size"]):
         raise UserError(f"{where} was trained on another vocabulary than the one that is now in data/{name}")
     return tokenizer
+
+
+def template_of(state: dict[str, Any]) -> str:
+    """The layout of a document in the dataset that a checkpoint was trained on; '' where it has none."""
+    if "template" in state:
+        return str(state["template"])
+    with suppress(UserError):
+        return str(read_meta(dataset_folder(state["config"].get("dataset", ""))).get("template", ""))
+    return ""
 
 
 def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:

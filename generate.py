@@ -1,20 +1,80 @@
-"""Sampling: from a prompt to its continuation. Knows ids and text, not files."""
+"""Sampling: from prompts to their continuations, as text that comes while it is made. Knows ids and text, not files.
+
+Notable choices:
+- Logits become a token by small functions, in the usual order: forbidden ids, repetition penalty, temperature, top_k,
+  top_p, min_p, and a draw by the inverse of the cumulative distribution.
+- Each sample draws from a random stream of its own, (seed, its number): a sample is the same whatever company it is in.
+- Text leaves in whole characters: bytes of a half one wait, and so does what may be the beginning of a stop string.
+"""
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf, log
 
 import torch
 
 from configurator import UserError
-from model import GPT, derive_seed
+from model import GPT, Decoder, derive_seed
 from tokenizer import Tokenizer
 
+CANDIDATES = 1000  # the likeliest tokens nearly always hold top_p of the mass, and finding them is cheaper than sorting
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int) -> None:
-    """UserError where the numbers make no sense."""
-    if max_new_tokens < 0:
-        raise UserError(f"max_new_tokens={max_new_tokens}: expected 0 or more")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature={temperature}: expected 0 (always the likeliest) or more")
-    if top_k < 0:
-        raise UserError(f"top_k={top_k}: expected 0 (every token may come) or more")
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when a text ends. UserError where a number makes no sense."""
+
+    max_new_tokens: int = 500
+    temperature: float = 1.0  # 0 takes the likeliest token each time
+    top_k: int = 0  # only the k likeliest; 0 for all
+    top_p: float = 1.0  # only the likeliest that together have this probability (Holtzman et al. 2019)
+    min_p: float = 0.0  # only those at least this fraction as likely as the likeliest (Nguyen et al. 2024)
+    repetition_penalty: float = 1.0  # above 1: what is in the text already becomes less likely (Keskar et al. 2019)
+    stop: Sequence[str] = ()  # strings that end the text and are not part of it
+    stop_at_sentence: bool = False  # go on past max_new_tokens to the next of stop_chars, at most twice as far
+    stop_chars: str = "。！？!?.…\n"
+    seed: int = 1337
+
+    def __post_init__(self):
+        for name, low, high, expected in (
+            ("max_new_tokens", 0, inf, "0 or more"),
+            ("temperature", 0, inf, "0 (always the likeliest) or more"),
+            ("top_k", 0, inf, "0 (every token may come) or more"),
+            ("top_p", 5e-324, 1.0000001, "above 0, and at most 1 (every token may come)"),
+            ("min_p", 0, 1.0000001, "0 (every token may come) to 1"),
+            ("repetition_penalty", 5e-324, inf, "above 0; 1 is no penalty"),
+        ):
+            value = getattr(self, name)
+            if not low <= value < high:
+                raise UserError(f"{name}={value}: expected {expected}")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise UserError(f"stop={self.stop!r}: expected strings of at least one character")
+
+    @property
+    def limit(self) -> int:
+        """Tokens in a text at most."""
+        return self.max_new_tokens * (2 if self.stop_at_sentence else 1)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that was drawn: its natural log-probability by the model alone (temperature 1, nothing forbidden), and
+    the likeliest tokens in its place with theirs; None and empty where they were not asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a row's text goes on with: whole characters, and the tokens since the row's last piece."""
+
+    row: int
+    text: str
+    tokens: tuple[Token, ...]
+    finished: str = ""  # in a row's last piece, why: 'end' of text, 'stop' string or sentence, 'length'
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -27,25 +87,171 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.end_of_text]
 
 
-def generate_text(
-    model: GPT, tokenizer: Tokenizer, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int
-) -> str:
-    """The prompt and its continuation of at most max_new_tokens tokens, ended by <|endoftext|>, which is not shown.
+def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Divides the positive and multiplies the negative logits of what was `seen`, bool, both [rows, vocab_size]."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
-    The same seed gives the same text; temperature 0 takes the likeliest token each time, top_k 0 admits every token.
+
+def keep_top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest logits and their ids, both [rows, k]."""
+    return logits.topk(min(k, logits.size(-1)))
+
+
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Logits [rows, n] with -inf for all but the likeliest that together have probability p; the likeliest stays."""
+    probs = logits.softmax(-1)
+    top = probs.topk(min(CANDIDATES, probs.size(-1))).values
+    if (top.sum(-1) < p).any():
+        top = probs.sort(-1, descending=True).values
+    kept = (top.cumsum(-1) - top < p).sum(-1, keepdim=True)  # [rows, 1]
+    return torch.where(probs < top.gather(-1, kept - 1), -inf, logits)
+
+
+def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Logits [rows, n] with -inf for those below p times the likeliest's probability."""
+    return torch.where(logits < logits.amax(-1, keepdim=True) + log(p), -inf, logits) if p > 0 else logits
+
+
+def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Indices [rows, 1] drawn from `probs` [rows, n] by numbers in [0, 1) [rows, 1]: none of probability 0.
+
+    In double precision, where a 24-bit number below 1 times the total is below the total.
     """
-    device = model.lm_head.weight.device
-    ids = prompt_ids(tokenizer, prompt)
-    idx = model.generate(
-        torch.tensor([ids], device=device),
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        n_vocab=tokenizer.vocab_size,
-        stop=tokenizer.end_of_text,
-        generator=torch.Generator(device).manual_seed(derive_seed(seed)),
-    )[0].tolist()
-    new = idx[len(ids) :]
-    if new and new[-1] == tokenizer.end_of_text:
-        idx.pop()
-    return tokenizer.decode(idx if prompt else idx[1:])
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
+
+
+@torch.inference_mode()
+def choose(logits: torch.Tensor, s: Sampling, uniform: torch.Tensor) -> torch.Tensor:
+    """The next ids [rows, 1] from logits [rows, vocab_size] and numbers in [0, 1) [rows, 1]."""
+    if s.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits, ids = (logits - logits.amax(-1, keepdim=True)) / s.temperature, None
+    if s.top_k:
+        logits, ids = keep_top_k(logits, s.top_k)
+    if s.top_p < 1:
+        logits = keep_top_p(logits, s.top_p)
+    if s.min_p > 0:
+        logits = keep_min_p(logits, s.min_p)
+    drawn = draw(logits.softmax(-1), uniform)
+    return drawn if ids is None else ids.gather(-1, drawn)
+
+
+@dataclass
+class Writer:
+    """One row's text from its tokens, and when it ends."""
+
+    tokenizer: Tokenizer
+    sampling: Sampling
+    finished: str = ""
+    tokens: int = 0
+    held: str = ""  # may be the beginning of a stop string
+    utf8: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def write(self, id: int) -> str:
+        """Takes the next token; gives the text that is certain by now."""
+        s = self.sampling
+        if id == self.tokenizer.end_of_text:
+            self.finished = "end"
+            return self.held + self.utf8.decode(b"", final=True)
+        self.tokens += 1
+        new = self.utf8.decode(self.tokenizer.decode_bytes([id]), final=self.tokens == s.limit)
+        if self.tokens == s.limit:
+            self.finished = "length"
+        if s.stop_at_sentence and self.tokens >= s.max_new_tokens:
+            ends = [i for i, character in enumerate(new) if character in s.stop_chars]
+            if ends:
+                new, self.finished = new[: ends[0] + 1], "stop"
+        text = self.held + new
+        found = [at for at in (text.find(stop) for stop in s.stop) if at >= 0]
+        if found:
+            self.finished = "stop"
+            return text[: min(found)]
+        hold = 0 if self.finished else max((_overlap(text, stop) for stop in s.stop), default=0)
+        self.held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that are a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stream(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    first: int = 0,
+    logprobs: int | None = None,
+    compiled: bool = False,
+) -> Iterator[Piece]:
+    """Continues all prompts at once and yields pieces of their texts as they come, rows in turn; each row ends for
+    itself. A row's pieces are the continuation alone.
+
+    Row k draws from the random stream (seed, first + k). `logprobs`: with each token its log-probability and that many
+    alternatives. A prompt longer than the context is read from where its newest block_size tokens begin.
+    """
+    s, rows = sampling, range(len(prompts))
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    if s.limit == 0 or not ids:
+        yield from (Piece(row, "", (), "length") for row in rows)
+        return
+    decoder = Decoder(model, len(ids), max(map(len, ids)) + s.limit, compiled)
+    logits = decoder.prefill(ids)
+    device = logits.device if logits.device.type != "mps" else torch.device("cpu")  # Metal has no float64
+    generators = [torch.Generator().manual_seed(derive_seed(s.seed, first + row)) for row in rows]
+    forbidden = torch.arange(logits.size(-1), device=device) >= tokenizer.vocab_size  # [vocab_size]
+    if tokenizer.unknown_id is not None:
+        forbidden[tokenizer.unknown_id] = True
+    some_forbidden = bool(forbidden.any())
+    seen = torch.zeros(len(ids), logits.size(-1), dtype=torch.bool, device=device)
+    if s.repetition_penalty != 1:
+        for row in rows:
+            seen[row, ids[row]] = True
+    writers = [Writer(tokenizer, s) for _ in rows]
+    waiting: list[list[Token]] = [[] for _ in rows]
+    while True:
+        logits = logits.to(device, torch.float32)
+        raw = logits
+        if some_forbidden:
+            logits = logits.masked_fill(forbidden, -inf)
+        if s.repetition_penalty != 1:
+            logits = penalize(logits, seen, s.repetition_penalty)
+        uniform = torch.cat([torch.rand(1, 1, generator=generator) for generator in generators]).to(device)
+        chosen = choose(logits, s, uniform)
+        if s.repetition_penalty != 1:
+            seen.scatter_(1, chosen, True)
+        drawn = chosen[:, 0].tolist()
+        tokens = [Token(id) for id in drawn] if logprobs is None else _with_logprobs(raw, chosen, logprobs)
+        for row, writer in enumerate(writers):
+            if writer.finished:
+                continue
+            waiting[row].append(tokens[row])
+            text = writer.write(drawn[row])
+            if text or writer.finished:
+                yield Piece(row, text, tuple(waiting[row]), writer.finished)
+                waiting[row].clear()
+        if all(writer.finished for writer in writers):
+            return
+        logits = decoder.decode([None if writer.finished else id for id, writer in zip(drawn, writers, strict=True)])
+
+
+@torch.inference_mode()
+def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, alternatives: int) -> list[Token]:
+    logprobs = logits.log_softmax(-1)  # [rows, vocab_size]
+    values, ids = logprobs.topk(min(alternatives, logprobs.size(-1)))
+    own = logprobs.gather(1, chosen)[:, 0].tolist()
+    return [
+        Token(id, logprob, tuple(zip(top, their, strict=True)))
+        for id, logprob, top, their in zip(chosen[:, 0].tolist(), own, ids.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def continuations(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, **how) -> list[str]:
+    """The continuations of all prompts, without the prompts; `how` as for `stream`."""
+    texts = [""] * len(prompts)
+    for piece in stream(model, tokenizer, prompts, sampling, **how):
+        texts[piece.row] += piece.text
+    return texts

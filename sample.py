@@ -1,90 +1,241 @@
 """Speaks from a trained model.
 
     $ python sample.py --out_dir=out-shakespeare-char
-    $ python sample.py --out_dir=out-demo --start=《小白兔》 --num_samples=3
-    $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
-    $ python sample.py --out_dir=out-chinese --start=FILE:prompt.txt
+    $ python sample.py --out_dir=out-demo --title=小白兔 --num_samples=3
+    $ python sample.py --out_dir=out-demo --interactive
+    $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --quantize=int8
+    $ python sample.py --out_dir=out-chinese --start=FILE:prompt.txt --temperature=0 --show_probs
 
-Opens a checkpoint of ours or of nanoGPT's, GPT-2's weights, or a folder in the Hugging Face layout.
+Opens a checkpoint of ours or of nanoGPT's, GPT-2's weights, or a folder in the Hugging Face layout. The samples are
+drawn together and go to stdout, all else to stderr.
 """
 
-from configurator import Config, UserError, configure, run
+from configurator import Config, UserError, configure, note, run
 
 init_from = "resume"  # 'resume' for out_dir, 'gpt2*', or a path: an out_dir, a .pt file, a Hugging Face folder
 out_dir = "out"  # ckpt.pt is taken from here, where init_from is 'resume'
-start = "\n"  # the prompt, or FILE:path; <|endoftext|> is the special token; empty is the start of a new text
+start = "\n"  # the prompt, FILE:path, or - for stdin; <|endoftext|> is the special token; empty is a new text
+title = ""  # begins a document with this title, in the layout of the dataset, where it has one; start then follows it
 num_samples = 10  # how many
 max_new_tokens = 500  # tokens in each at most; an end-of-text token ends it before
+# How the next token is chosen
 temperature = 0.8  # below 1 less random, above 1 more; 0 takes the likeliest token each time
 top_k = 200  # only the k likeliest tokens may come; 0 for all
-seed = 1337  # the same seed, the same samples
+top_p = 1.0  # only the likeliest tokens that together have this probability, above 0; 1 for all
+min_p = 0.0  # only tokens at least this fraction as likely as the likeliest, 0 to 1; 0 for all
+repetition_penalty = 1.0  # above 1, what the text has had already becomes less likely; 1 for no difference
+seed = 1337  # the same seed, the same samples, however many are drawn together
+# Where a text ends
+stop = []  # text that ends a sample and is not printed (several: --stop=A --stop=B); if it never comes, the length does
+stop_at_sentence = False  # past max_new_tokens, go on to the next of stop_chars, at most to twice the length
+stop_chars = "。！？!?.…\n"  # what ends a sentence
+# How it is shown
+stream = True  # on a terminal, print text while it is written; False prints each sample when it is complete
+interactive = False  # write together: what you type is continued, and then you go on
+show_probs = False  # colour each token by how probable the model thought it
+# How it is computed
+batch_size = 32  # samples drawn together at most; fewer need less memory and are the same
+quantize = ""  # 'int8' (CPUs) or 'bf16': a quarter or half of the weights to read for a token; nearly the same text
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16'
-compile = False  # torch.compile, where there is a compiler
+dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16'; float32 where quantize is set
+compile = False  # torch.compile of the one-token pass; pays on a GPU, for long texts
 config = configure(globals())
 
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import fields
+from itertools import count
+from math import exp
 from pathlib import Path
-
-import torch
 
 import checkpoint
 from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
-from generate import check_sampling, generate_text, prompt_ids
-from model import derive_seed
+from generate import Piece, Sampling, prompt_ids
+from generate import stream as stream_pieces
+from model import GPT, Decoder
+from quantize import check_quantize
+from quantize import quantize as quantized
+from tokenizer import Tokenizer
+
+SEPARATOR = "---------------"
+# backgrounds of the 256-colour palette for tokens that were at least this probable
+COLOURS = ((0.7, 157), (0.3, 193), (0.1, 229), (0.01, 223), (0.0, 217))
 
 
 def read_prompt(start: str) -> str:
-    """The prompt itself, or the text of the file that FILE:path names."""
-    if not start.startswith("FILE:"):
+    """The prompt itself, the text of the file that FILE:path names, or stdin's for -."""
+    if start != "-" and not start.startswith("FILE:"):
         return start
     path = Path(start.removeprefix("FILE:"))
+    name = "stdin" if start == "-" else f"FILE:{path}"
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return (sys.stdin.buffer.read() if start == "-" else path.read_bytes()).decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"start=FILE:{path}: {error.strerror}") from None
+        raise UserError(f"start={name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"start=FILE:{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        raise UserError(f"start={name} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
-@memory_error_told()
-def main(c: Config) -> None:
-    check_sampling(c.max_new_tokens, c.temperature, c.top_k)
-    if c.num_samples < 1:
-        raise UserError(f"num_samples={c.num_samples}: expected at least 1")
-    prompt = read_prompt(c.start)
-    c.device = choose_device(c.device)
-    c.dtype = choose_dtype(c.dtype, c.device)
+def titled(template: str, title: str) -> str:
+    """What stands before the content in a document of this title."""
+    if "{title}" not in template.partition("{content}")[0]:
+        raise UserError(f"title={title}: this model's dataset has no layout with a title; write it into --start")
+    return template.partition("{content}")[0].replace("{title}", title)
+
+
+class Shown:
+    """Prints samples in their order, the one in turn piece by piece where `live`; counts and times their tokens."""
+
+    def __init__(self, live: bool, coloured: bool):
+        self.live, self.coloured = live, coloured
+        self.tokens, self.seconds, self.first_after = 0, 0.0, 0.0
+        self.texts: list[str] = []  # what was written last, without the prompts
+
+    def show(self, prompts: list[str], pieces: Iterable[Piece], separator: str = f"\n{SEPARATOR}\n") -> None:
+        """Prints each prompt with what the pieces make of it."""
+        self.texts, unseen = [""] * len(prompts), list(prompts)
+        finished, turn, started, waited = set(), 0, time.perf_counter(), 0.0
+        try:
+            for piece in pieces:
+                waited = waited or time.perf_counter() - started
+                self.tokens += len(piece.tokens)
+                self.texts[piece.row] += piece.text
+                unseen[piece.row] += self.painted(piece)
+                if piece.finished:
+                    finished.add(piece.row)
+                while turn < len(prompts) and (self.live or turn in finished):
+                    print(unseen[turn], end="", flush=self.live)
+                    unseen[turn] = ""
+                    if turn not in finished:
+                        break
+                    print(end=separator)
+                    turn += 1
+        finally:
+            self.seconds += time.perf_counter() - started
+            self.first_after = self.first_after or waited
+
+    def painted(self, piece: Piece) -> str:
+        """The piece's text, where coloured on a background by the mean probability of its tokens."""
+        if not (self.coloured and piece.text):
+            return piece.text
+        p = exp(sum(token.logprob for token in piece.tokens) / len(piece.tokens))
+        colour = next(colour for least, colour in COLOURS if p >= least)
+        lines = piece.text.split("\n")
+        return "\n".join(f"\x1b[30;48;5;{colour}m{line}\x1b[0m" if line else "" for line in lines)
+
+    def legend(self) -> str:
+        names = [f"\x1b[30;48;5;{colour}m {least:.0%} and more \x1b[0m" for least, colour in COLOURS]
+        return f"a token's probability: {' '.join(names)}"
+
+    def speed(self) -> str:
+        return (
+            f"{self.tokens:,} tokens in {self.seconds:.2f} s: {self.tokens / max(self.seconds, 1e-9):,.1f} tokens/s, "
+            f"the first after {self.first_after:.2f} s"
+        )
+
+
+def note_dropped(model: GPT, tokenizer: Tokenizer, prompt: str) -> None:
+    """Says what the model does not see of a prompt longer than its context; UserError where the prompt cannot be."""
+    ids, block_size = prompt_ids(tokenizer, prompt), model.config.block_size
+    if len(ids) > block_size:
+        unseen = len(ids) - block_size
+        note(
+            f"note: the prompt has {len(ids):,} tokens and the model's context holds {block_size:,}: it does not see "
+            f"the first {unseen:,}, up to {tokenizer.decode(ids[max(0, unseen - 20) : unseen])[-20:]!r}"
+        )
+
+
+def open_model(c: Config) -> tuple[GPT, Tokenizer, str]:
+    """The model on its device, its tokenizer, and the layout of its dataset's documents or ''."""
+    template = ""
     if c.init_from == "resume":
         path, state = checkpoint.best(c.out_dir)
         model, tokenizer = checkpoint.model_of(state, path), checkpoint.tokenizer_of(state, path)
+        template = checkpoint.template_of(state)
     else:
         model, tokenizer = checkpoint.pretrained(c.init_from)
     if tokenizer is None:
         raise UserError(f"{c.init_from} has a vocabulary of its own ({model.config.vocab_size} tokens), not GPT-2's")
-    prompt_ids(tokenizer, prompt)
     model.eval().to(c.device)
-    ctx = autocast(c.device, c.dtype)
-    if c.compile and can_compile(c.device):
-        model.forward = torch.compile(model.forward)
+    return quantized(model, c.quantize) if c.quantize else model, tokenizer, template
 
-        def probe() -> None:
-            with torch.no_grad(), ctx:
-                model(torch.zeros(1, min(8, model.config.block_size), dtype=torch.long, device=c.device))
 
-        try_compiled(probe)
-    for k in range(c.num_samples):
+def compiles(c: Config, model: GPT, ctx) -> bool:
+    """Whether the one-token pass is compiled: tried once, for this many samples."""
+    if not (c.compile and can_compile(c.device)):
+        return False
+
+    def probe() -> None:
+        rows = min(c.num_samples, c.batch_size)
         with ctx:
-            text = generate_text(
-                model,
-                tokenizer,
-                prompt,
-                max_new_tokens=c.max_new_tokens,
-                temperature=c.temperature,
-                top_k=c.top_k,
-                seed=derive_seed(c.seed, k),
+            decoder = Decoder(model, rows, model.config.block_size, compiled=True)
+            decoder.prefill([[0]] * rows)
+            decoder.decode([0] * rows)
+
+    if model.config.block_size > 1:
+        try_compiled(probe)
+    return True
+
+
+def converse(text: str, begin: Callable[[str, int], Iterable[Piece]], shown: Shown) -> None:
+    """What is typed is appended to the text, the model goes on from there, and again; `begin` gives the pieces of a
+    text's continuation in this turn."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # lines can be edited, and earlier ones come back
+    note("Type a beginning. Enter: the model goes on. /new: another text. Ctrl-C: end its turn. Ctrl-D: end.")
+    for turn in count():
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        if line == "/new":
+            text = ""
+            continue
+        try:
+            with suppress(KeyboardInterrupt):
+                shown.show([""], begin(text + line, turn), separator="\n")
+            text += line + shown.texts[0]
+        except UserError as error:
+            note(f"{error}")
+
+
+@memory_error_told()
+def main(c: Config) -> None:
+    sampling = Sampling(**{field.name: getattr(c, field.name) for field in fields(Sampling)})
+    for key in ("num_samples", "batch_size"):
+        if getattr(c, key) < 1:
+            raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
+    if c.interactive and c.start == "-":
+        raise UserError("start=- and interactive cannot share stdin: put the prompt into a file, --start=FILE:path")
+    c.device = choose_device(c.device)
+    check_quantize(c.quantize, c.device)
+    c.dtype = "float32" if c.quantize else choose_dtype(c.dtype, c.device)
+    model, tokenizer, template = open_model(c)
+    if c.title:
+        start = titled(template, c.title) + (read_prompt(c.start) if "start" in c.given else "")
+    else:
+        start = read_prompt(c.start) if "start" in c.given or not c.interactive else ""
+    if start or not c.interactive:
+        note_dropped(model, tokenizer, start)
+    ctx = autocast(c.device, c.dtype)
+    how = {"logprobs": 0 if c.show_probs else None, "compiled": compiles(c, model, ctx)}
+    live = c.interactive or c.stream and sys.stdout.isatty()
+    shown = Shown(live, c.show_probs)
+    if c.show_probs:
+        note(shown.legend())
+    with ctx:
+        if c.interactive:
+            converse(
+                start, lambda text, turn: stream_pieces(model, tokenizer, [text], sampling, first=turn, **how), shown
             )
-        print(text)
-        print("---------------")
+        else:
+            for first in range(0, c.num_samples, c.batch_size):
+                prompts = [start] * min(c.batch_size, c.num_samples - first)
+                shown.show(prompts, stream_pieces(model, tokenizer, prompts, sampling, first=first, **how))
+    note(shown.speed())
 
 
 if __name__ == "__main__":

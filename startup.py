@@ -35,6 +35,7 @@ class Run:
     progress: Progress
     reporter: Reporter
     data: dict[str, str]  # the dataset's fingerprint
+    template: str = ""  # how the dataset lays out a document, as in its meta.json
     files: RunDir | None = None
     started_at: int = 0  # the iteration from which this process goes on
     whole: bool = True  # False while an update changes the weights: what is half done is never saved
@@ -83,6 +84,7 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Tokens, Tokens]:
             setattr(progress, key, value)
     reporter = Reporter(c, processes, model, progress, scaler.is_enabled())
     r = Run(c, processes, model, tokenizer, optimizer, scaler, progress, reporter, data, started_at=progress.iter_num)
+    r.template = meta.get("template", "")
     reporter.say(
         f"tokens per iteration will be: {per_step * c.block_size:,}; "
         f"an epoch is {epoch_length / per_step:,.1f} iterations"

@@ -37,6 +37,7 @@ class Tokenizer(ABC):
     kind: str
     vocab_size: int
     end_of_text: int | None
+    unknown_id: int | None = None  # the token that stands for what the vocabulary lacks
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:

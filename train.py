@@ -78,7 +78,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from device import autocast, can_compile, memory_error_told, try_compiled
-from generate import generate_text
+from generate import Sampling, continuations
 from loader import Tokens, blocks_per_epoch, evaluation_batches, training_batches
 from model import derive_seed
 from processes import StopSignal
@@ -299,7 +299,7 @@ def evaluate_and_save(r: Run, model: torch.nn.Module, train: Tokens, val: Tokens
 
 
 def state_of(r: Run) -> dict[str, Any]:
-    """A checkpoint in nanoGPT's layout, and the tokenizer."""
+    """A checkpoint in nanoGPT's layout, and what sampling needs of the dataset."""
     return {
         "model": dict(r.model.state_dict()),
         "optimizer": r.optimizer.state_dict(),
@@ -308,6 +308,7 @@ def state_of(r: Run) -> dict[str, Any]:
         "best_val_loss": r.progress.best_val_loss,
         "config": dict(vars(r.c)),
         "tokenizer": r.tokenizer.meta(),
+        "template": r.template,
     }
 
 
@@ -339,16 +340,13 @@ def show_samples(r: Run, ctx) -> None:
     if not r.processes.master:
         return
     c, iter_num = r.c, r.progress.iter_num
-    r.model.eval()
-    for k, prompt in enumerate(c.sample_prompts):
-        seed = derive_seed(c.seed, "sample", iter_num, k)
-        with ctx:
-            text = generate_text(
-                r.model, r.tokenizer, prompt, max_new_tokens=c.sample_tokens, temperature=0.8, top_k=200, seed=seed
-            )
-        r.reporter.say(f"sample at iteration {iter_num}:\n{text}\n---------------")
-        r.reporter.record("sample", iter=iter_num, prompt=prompt, text=text)
-    r.model.train()
+    seed = derive_seed(c.seed, "sample", iter_num)
+    sampling = Sampling(max_new_tokens=c.sample_tokens, temperature=0.8, top_k=200, seed=seed)
+    with ctx:
+        texts = continuations(r.model, r.tokenizer, c.sample_prompts, sampling)
+    for prompt, text in zip(c.sample_prompts, texts, strict=True):
+        r.reporter.say(f"sample at iteration {iter_num}:\n{prompt}{text}\n---------------")
+        r.reporter.record("sample", iter=iter_num, prompt=prompt, text=prompt + text)
     r.reporter.restart_clock()
 
 

@@ -146,7 +146,7 @@ def test_two_processes_and_one_have_the_same_losses_with_dropout(straight, stori
 def test_files_have_nanogpts_layout_and_plain_types(straight):
     ckpt = torch.load(straight[0] / "ckpt.pt", weights_only=True)
     assert list(ckpt) == [
-        "model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "tokenizer"
+        "model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "tokenizer", "template"
     ]  # fmt: skip
     assert list(ckpt["model_args"]) == ["n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"]
     assert list(ckpt["optimizer"]) == ["state", "param_groups"]
