@@ -1,16 +1,19 @@
-"""Measures training: tokens/s, time of an iteration, MFU, peak memory, time of the first step.
+"""Measures training (tokens/s, time of an iteration, MFU, peak memory, time of the first step), or generation.
 
     $ python bench.py
     $ python bench.py --device=cpu --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --json
     $ python bench.py --profile
     $ python bench.py --save
+    $ python bench.py generate
+    $ python bench.py generate --quantize=int8 --init_from=out-demo
 
 Needs no dataset: without data/openwebtext it takes random tokens. A CPU gets a smaller batch, unless one is set.
 """
 
 from configurator import Config, UserError, configure, run, user_errors
 
-batch_size = 12  # sequences in an iteration; on a CPU 1, unless set
+what = "train"  # 'train' or 'generate', a word without dashes
+batch_size = 12  # sequences in an iteration; on a CPU 1, unless set; of generation, 1 and this, or else 1, 8 and 32
 block_size = 1024  # tokens in a sequence
 n_layer = 12  # the model's shape: GPT-2 124M
 n_head = 12  # heads in a block
@@ -26,9 +29,15 @@ device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where there is a compiler; on a CPU False, unless set
 profile = False  # print the ten hottest operations, and write a trace for a viewer into bench_log/
+max_new_tokens = 256  # of generation, after a short prompt
+num_rounds = 3  # how often all that generation is compared with is measured, in turns
+quantize = ""  # generate with 'int8' or 'bf16' weights, as sample.py does
+init_from = ""  # generate with the weights of an out_dir, a .pt file or a Hugging Face folder instead of random ones
+transformers = False  # also measure generation by transformers
+nanogpt = ""  # a folder with nanoGPT, to measure its generation as well
 save = False  # measure what a checkpoint costs the training that goes on, beside torch.save in place
 json = False  # print one JSON object and nothing else
-config = configure(globals())
+config = configure(globals(), positionals=("what",))
 
 import statistics
 import sys
@@ -41,9 +50,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import bench_generate
+import checkpoint
 from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
 from loader import dataset_folder, open_split, sequence_starts
 from model import GPT, GPTConfig, derive_seed
+from quantize import check_quantize
 from run_dir import RunDir
 
 SAVES = 5  # measured, after a first one that also takes new memory
@@ -81,8 +93,11 @@ def peak_memory(device: str) -> int:
 
 @memory_error_told()
 def main(c: Config) -> None:
-    if c.num_steps < 1:
-        raise UserError(f"num_steps={c.num_steps}: expected at least 1")
+    if c.what not in ("train", "generate"):
+        raise UserError(f"what={c.what}: there are train and generate")
+    for key in ("num_steps", "num_rounds", "max_new_tokens"):
+        if getattr(c, key) < 1:
+            raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
     c.device = choose_device(c.device)
     c.dtype = choose_dtype(c.dtype, c.device)
     if c.device == "cpu":
@@ -95,14 +110,15 @@ def main(c: Config) -> None:
         print(text, file=sys.stderr if c.json else sys.stdout)
 
     torch.manual_seed(derive_seed(c.seed))
+    if c.what == "generate":
+        bench_generation(c, say)
+        return
     try:
         windows = real_windows(c) if c.real_data else random_windows(c)
     except UserError:
         say("note: data/openwebtext is not prepared; taking random tokens")
         windows, c.real_data = random_windows(c), False
-    shape = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    with user_errors(ValueError):
-        model = GPT(GPTConfig(**{key: getattr(c, key) for key in shape})).to(c.device)
+    model = random_model(c)
     kind = torch.device(c.device).type
     optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), kind)
     scaler = torch.amp.GradScaler(kind, enabled=c.dtype == "float16")
@@ -154,11 +170,7 @@ def main(c: Config) -> None:
         "first_step_seconds": first_step,
         "iterations": len(times),
         "parameters": model.get_num_params(non_embedding=False),
-        "compiled": c.compile,
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name(c.device) if kind == "cuda" else f"{torch.get_num_threads()} CPU threads",
-        "config": dict(vars(c)),
-    }
+    } | circumstances(c)
     if c.save:
         figures |= measure_saving(lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, step)
     if c.json:
@@ -177,6 +189,41 @@ def main(c: Config) -> None:
             f"{figures['save_seconds']:.2f}s, while steps take {figures['save_slowdown_seconds']:.2f}s longer in all; "
             f"torch.save in place: {figures['save_in_place_seconds']:.2f}s (medians of {SAVES})"
         )
+
+
+def random_model(c: Config) -> GPT:
+    """A model of the shape that is asked for, on the device."""
+    shape = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    with user_errors(ValueError):
+        return GPT(GPTConfig(**{key: getattr(c, key) for key in shape})).to(c.device)
+
+
+def circumstances(c: Config) -> dict:
+    """What the figures depend on."""
+    is_cuda = c.device.startswith("cuda")
+    return {
+        "compiled": c.compile,
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name(c.device) if is_cuda else f"{torch.get_num_threads()} CPU threads",
+        "config": dict(vars(c)),
+    }
+
+
+def bench_generation(c: Config, say: Callable[[str], None]) -> None:
+    """Prints the figures of bench_generate."""
+    check_quantize(c.quantize, c.device)
+    c.dtype = "float32" if c.quantize else c.dtype
+    c.batch_sizes = sorted({1, c.batch_size} if "batch_size" in c.given else {1, 8, 32})
+    c.compile = c.compile and can_compile(c.device)
+    model = checkpoint.pretrained(c.init_from)[0].to(c.device) if c.init_from else random_model(c)
+    ctx = autocast(c.device, c.dtype)
+    say(f"{model.get_num_params() / 1e6:.2f}M parameters, {c.device}, {c.quantize or c.dtype}")
+    figures = bench_generate.measure(c, model, ctx, say) | circumstances(c)
+    if c.quantize and c.init_from:
+        figures |= (found := bench_generate.perplexity(c, model, ctx))
+        say(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items()))
+    if c.json:
+        print(dumps(figures))
 
 
 def measure_saving(state: Callable[[], dict], step: Callable[[], float]) -> dict[str, float]:
