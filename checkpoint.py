@@ -23,7 +23,7 @@ import torch
 from configurator import UserError, note, user_errors
 from loader import dataset_folder
 from model import GPT, GPTConfig
-from tokenizer import Tokenizer, load_tokenizer, read_meta, tokenizer_from_meta
+from tokenizer import GPT2Tokenizer, Tokenizer, hf_tokenizer, load_tokenizer, read_meta, tokenizer_from_meta
 
 STATES = ("last.pt", "last.prev.pt")  # complete ones, beside the numbered
 
@@ -216,8 +216,8 @@ def template_of(state: dict[str, Any]) -> str:
 
 
 def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
-    """Whether a model of this vocab_size can be this tokenizer's; GPT-2's may be padded."""
-    return tokenizer.vocab_size == vocab_size or tokenizer.kind == "gpt2" and tokenizer.vocab_size < vocab_size
+    """Whether a model of this vocab_size can be this tokenizer's; all but a char model's may be padded."""
+    return tokenizer.vocab_size == vocab_size or tokenizer.kind != "char" and tokenizer.vocab_size < vocab_size
 
 
 def load_tokenizer_of(source: str) -> Tokenizer:
@@ -229,7 +229,8 @@ def load_tokenizer_of(source: str) -> Tokenizer:
 def pretrained(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None]:
     """Weights to start from, and their tokenizer: 'gpt2*', a Hugging Face folder, an out_dir or a .pt file.
 
-    The tokenizer is None where a Hugging Face folder's vocabulary is not GPT-2's.
+    A Hugging Face folder brings its own; without one, a vocabulary of 50,257 is taken for GPT-2's, and that is said,
+    and for any other the tokenizer is None. UserError where something is missing, broken or does not fit together.
     """
     folder = Path(source)
     if folder.is_file() or any((folder / name).is_file() for name in ("ckpt.pt", "last.pt")):
@@ -237,8 +238,15 @@ def pretrained(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None
         return model_of(state, path, dropout), tokenizer_of(state, path)
     with user_errors(ValueError):
         model = GPT.from_pretrained(source, {"dropout": dropout})
-    is_gpt2 = model.config.vocab_size == 50257
-    return model, tokenizer_from_meta({"kind": "gpt2"}, source) if is_gpt2 else None
+    if not folder.is_dir():
+        return model, GPT2Tokenizer()
+    tokenizer, vocab_size = hf_tokenizer(folder), model.config.vocab_size
+    if tokenizer is None and vocab_size == GPT2Tokenizer.vocab_size:
+        note(f"note: {folder} holds no tokenizer; its {vocab_size:,} tokens are taken for GPT-2's")
+        tokenizer = GPT2Tokenizer()
+    if tokenizer and not fits(tokenizer, vocab_size):
+        raise UserError(f"{folder}: its tokenizer has {tokenizer.vocab_size:,} tokens, but its model {vocab_size:,}")
+    return model, tokenizer
 
 
 def named_state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ Notable choices:
 - Every parameter's initial values depend on (seed, its name) alone, so that neither the order in which modules are
   built nor the number of processes changes them.
 - Generation reads one token at a time over a key-value cache, through the blocks that training uses.
-- OpenAI's weights are read from safetensors in the Hugging Face layout, by name or from a folder.
+- Weights come and go in the Hugging Face layout: OpenAI's by name, anyone's from a folder.
 
 References: Radford et al. 2019 (GPT-2), https://github.com/openai/gpt-2, and the Hugging Face layout of its weights.
 """
@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
@@ -266,7 +267,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
         """GPT-2's weights: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl' from the hub or its cache, or a local
-        folder in the Hugging Face layout (config.json and model.safetensors). Only dropout can be overridden.
+        folder in the Hugging Face layout (config.json and model.safetensors, else pytorch_model.bin). Only dropout can
+        be overridden.
 
         ValueError, in a sentence, where the files cannot be had or hold another architecture.
         """
@@ -277,10 +279,53 @@ class GPT(nn.Module):
             hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} has no readable config.json, so it is no Hugging Face model: {error}") from None
-        config = GPTConfig(**(_config_from_hf(hf, folder) | {"dropout": 0.0} | (override_args or {})))
-        model = cls(config)
-        model.load_state_dict(_weights_from_hf(folder, model.state_dict()))
+        args = _config_from_hf(hf, folder)
+        theirs = _tensors_of(folder)
+        if not args["bias"]:  # to_hf wrote zeros, which someone may have trained since
+            args["bias"] = any(bool(v.any()) for k, v in theirs.items() if k.endswith(".bias") and v.dim() == 1)
+        model = cls(GPTConfig(**(args | {"dropout": 0.0} | (override_args or {}))))
+        model.load_state_dict(_weights_from_hf(theirs, model.state_dict(), folder))
         return model
+
+    def to_hf(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """This model in the Hugging Face layout of GPT-2: config.json's content and the float32 tensors of
+        model.safetensors, on the CPU, from which from_pretrained makes the same model again.
+
+        That layout has biases always: where this model has none they are zeros, and "weigpt_bias" remembers it.
+        ValueError where the architecture is not GPT-2's.
+        """
+        c = self.config
+        sizes = {"vocab_size": c.vocab_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+        if newer := c.model_args().keys() - sizes.keys() - {"block_size", "bias", "dropout", "act"}:
+            raise ValueError(f"GPT-2's layout has no place for this model's {', '.join(sorted(newer))}")
+        config = {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            **sizes,
+            "n_positions": c.block_size,
+            "n_ctx": c.block_size,
+            "n_inner": None,
+            "activation_function": HF_ACTIVATIONS[c.act],
+            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), c.dropout),
+            "layer_norm_epsilon": 1e-5,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": True,
+            "torch_dtype": "float32",
+            "weigpt_bias": c.bias,
+        }
+        tensors = {}
+        for name, value in self.state_dict().items():
+            if name == "lm_head.weight":
+                continue
+            value = value.detach().float().cpu()
+            tensors[name] = (value.t() if name.endswith(CONV1D) else value).contiguous()
+            if not c.bias and (value.dim() == 1 or name.endswith(CONV1D)):
+                tensors[name.removesuffix("weight") + "bias"] = torch.zeros(value.size(0))
+        return config, tensors
+
+
+HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as [in, out], a Linear's as [out, in]
 
 
 class Decoder:
@@ -496,35 +541,47 @@ def _config_from_hf(hf: dict, folder: Path) -> dict:
     if not fits:
         raise ValueError(f"{folder}/config.json does not describe GPT-2's architecture, the only one that is read here")
     sizes = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size"}
+    more = {"act": act, "bias": hf.get("weigpt_bias") is not False}
     try:
-        return {ours: hf[theirs] for ours, theirs in (sizes | {"block_size": "n_positions"}).items()} | {"act": act}
+        return {ours: hf[theirs] for ours, theirs in (sizes | {"block_size": "n_positions"}).items()} | more
     except KeyError as missing:
         raise ValueError(f"{folder}/config.json lacks {missing}") from None
 
 
-def _weights_from_hf(folder: Path, ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The folder's tensors under our names; its matrices are stored as [in, out], a Linear's as [out, in]."""
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ValueError("GPT-2's weights need a package: pip install safetensors") from None
-    files = sorted(folder.glob("model*.safetensors"))
+def _tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The folder's tensors, without the prefix that some files have: safetensors where there are any, else PyTorch's
+    own files, mapped instead of read where they can be, and never unpickled code."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise ValueError(f"{folder} has no model.safetensors")
+        raise ValueError(f"{folder} has no model.safetensors and no pytorch_model.bin")
     theirs = {}
     for file in files:
         try:
-            theirs |= {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
-        except Exception as error:  # the library's own error type is private
-            raise ValueError(f"{file} cannot be read: {error}") from None
+            if file.suffix == ".bin":
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            else:
+                from safetensors.torch import load_file
+
+                tensors = load_file(file)
+            theirs |= {k.removeprefix("transformer."): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        except ImportError:
+            raise ValueError(f"{file} needs a package: pip install safetensors") from None
+        except Exception as error:  # the libraries raise many kinds, one of them private, for a damaged file
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{file} cannot be read: {reason}") from None
+    return theirs
+
+
+def _weights_from_hf(
+    theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], folder: Path
+) -> dict[str, torch.Tensor]:
+    """Their tensors under our names, each of our shape."""
     weights = {}
     for name, own in ours.items():
         key = "wte.weight" if name == "lm_head.weight" else name.removeprefix("transformer.")
         if key not in theirs:
             raise ValueError(f"{folder} lacks the tensor {key}")
-        value = theirs[key]
-        is_conv1d = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        value = value.t() if is_conv1d else value
+        value = theirs[key].t() if key.endswith(CONV1D) else theirs[key]
         if value.shape != own.shape:
             raise ValueError(f"{folder}: {key} is {list(value.shape)}, expected {list(own.shape)} by config.json")
         weights[name] = value

@@ -157,7 +157,9 @@ def open_model(c: Config) -> tuple[GPT, Tokenizer, str]:
     else:
         model, tokenizer = checkpoint.pretrained(c.init_from)
     if tokenizer is None:
-        raise UserError(f"{c.init_from} has a vocabulary of its own ({model.config.vocab_size} tokens), not GPT-2's")
+        raise UserError(
+            f"{c.init_from} holds no tokenizer: expected tokenizer.json, vocab.json and merges.txt, or vocab.txt"
+        )
     model.eval().to(c.device)
     return quantized(model, c.quantize) if c.quantize else model, tokenizer, template
 

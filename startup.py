@@ -205,8 +205,9 @@ def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: 
         model, theirs = checkpoint.pretrained(c.init_from, c.dropout)
     source = path or c.init_from
     if theirs not in (None, tokenizer) or not checkpoint.fits(tokenizer, model.config.vocab_size):
+        again = "gpt2" if theirs and theirs.kind == "gpt2" else source
         raise UserError(
-            f"the dataset {c.dataset} has another tokenizer than {source}: prepare it with --tokenizer={source}"
+            f"the dataset {c.dataset} has another tokenizer than {source}: prepare it with --tokenizer={again}"
         )
     for key in architecture:
         own, asked = getattr(model.config, key), getattr(c, key)

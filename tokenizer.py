@@ -1,12 +1,14 @@
-"""Text to token ids and back: the characters of a text, or GPT-2's BPE.
+"""Text to token ids and back: the characters of a text, GPT-2's BPE, or what a Hugging Face folder brings.
 
 Notable choices:
 - `char` keeps nanoGPT's ids (characters in code-point order). With byte fallback, 256 byte tokens and <|endoftext|>
   follow, so that any text round-trips: a character outside the vocabulary becomes the bytes of its UTF-8.
 - In a text, <|endoftext|> spelled out is thirteen plain characters; only `encode_prompt` reads it as the token.
+- Each token has bytes of its own, whatever the kind, so that a text can be shown while it grows.
 - A dataset folder says which tokenizer it is for: meta.json (ours), meta.pkl (nanoGPT's), or nothing (GPT-2's).
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -27,17 +29,27 @@ GPT2_FILES = {  # what tiktoken looks for in TIKTOKEN_CACHE_DIR (the SHA-1 of th
     "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
 }
-# GPT-2's pre-tokenizer always ends a piece between a letter or digit and one of these, and looks only ahead from there
-GPT2_CUT = re.compile(r"[^\W_](?=[\s。，、！？；：.,!?;:])")
+GPT2_SHA256 = (
+    "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"  # of GPT-2's tokens in the order of their ids
+)
+# GPT-2's pre-tokenizer always ends a piece between a letter or digit and one of these, and looks only ahead from there;
+# BERT's does too
+CUT = re.compile(r"[^\W_](?=[ \t\n\r\u3000。，、！？；：.,!?;:])")
+# byte-level BPE writes its tokens with a visible character for each byte: the byte's own, else one from U+0100 on
+VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_OF = {chr(b): b for b in VISIBLE}
+BYTE_OF |= {chr(0x100 + i): b for i, b in enumerate(b for b in range(256) if b not in VISIBLE)}
 
 
 class Tokenizer(ABC):
-    """What every kind has. `dtype` is that of the ids, in arrays and in .bin files; `end_of_text` an id or None."""
+    """What every kind has. `dtype` is that of the ids, in arrays and in .bin files; `end_of_text` an id or None, and so
+    `unknown_id`, which stands for any text that has no token. `lossless`: whether decoding gives the text again."""
 
     kind: str
     vocab_size: int
     end_of_text: int | None
-    unknown_id: int | None = None  # the token that stands for what the vocabulary lacks
+    unknown_id: int | None = None
+    lossless = True
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
@@ -97,11 +109,15 @@ class Tokenizer(ABC):
             raise ValueError(f"token id {wrong} is outside this {self.kind} vocabulary of {self.vocab_size} tokens")
         return ids.astype(np.int64, copy=False)
 
+    def identity(self) -> dict[str, Any]:
+        """What is the same in two tokenizers that give every text the same ids."""
+        return self.meta()
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tokenizer) and self.meta() == other.meta()
+        return isinstance(other, Tokenizer) and self.identity() == other.identity()
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.vocab_size))
+        return hash((self.vocab_size, self.end_of_text))
 
 
 class CharTokenizer(Tokenizer):
@@ -191,11 +207,7 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         check_text(text)
-        size, parts, start = 2**16, [], 0
-        while len(text) - start > 2 * size and (match := GPT2_CUT.search(text, start + size)):
-            parts.append(text[start : match.end()])
-            start = match.end()
-        parts.append(text[start:])
+        parts = cut_up(text)
         if len(parts) == 1:
             return np.array(self._encoding.encode_ordinary(text), self.dtype)
         encoded = self._encoding.encode_ordinary_batch(parts, num_threads=min(8, os.cpu_count() or 1))
@@ -205,11 +217,7 @@ class GPT2Tokenizer(Tokenizer):
         return self._encoding.decode_bytes(self._checked(ids).tolist())
 
     def last_cut(self, text: str, start: int = 0) -> int:
-        for begin in (len(text) - 4096, start):
-            cuts = [match.end() for match in GPT2_CUT.finditer(text, max(begin, start))]
-            if cuts:
-                return cuts[-1]
-        return 0
+        return last_cut(text, start)
 
     @cached_property
     def _encoding(self):  # tiktoken.Encoding
@@ -227,6 +235,171 @@ class GPT2Tokenizer(Tokenizer):
                 f"GPT-2's vocabulary cannot be loaded ({reason}): where there is a network, save {files}; "
                 "then name that folder in the environment variable TIKTOKEN_CACHE_DIR"
             ) from error
+
+
+class BPETokenizer(Tokenizer):
+    """A tokenizer of Hugging Face's `tokenizers` by the text of its tokenizer.json: byte-level BPE, BPE or Unigram with
+    ▁ for a space and with byte tokens, or BERT's WordPiece. The library is loaded when there is a text to encode.
+
+    WordPiece knows no spaces: one is put before a token that begins a word of an alphabet, none between Chinese
+    characters. ValueError where the text is no such tokenizer, or end_of_text none of its ids.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, definition: str, end_of_text: int | None) -> None:
+        self.json, self.end_of_text = definition, end_of_text
+        try:
+            parsed = json.loads(definition)
+            self._pipeline = {key: parsed.get(key) for key in ("normalizer", "pre_tokenizer", "model")}
+            model, self._added = parsed["model"], {t["content"]: t["id"] for t in parsed.get("added_tokens") or []}
+            vocab, unknown = model["vocab"], model.get("unk_token")
+            if isinstance(vocab, list):  # Unigram's, with their scores
+                vocab = {token: id for id, (token, _) in enumerate(vocab)}
+                unknown = None if model.get("unk_id") is None else list(vocab)[model["unk_id"]]
+            self.ids = vocab | self._added
+            self._steps = _decoding_steps(parsed.get("decoder"))
+            self._all_special = all(t["special"] for t in parsed.get("added_tokens") or [])
+            sound = all(type(id) is int and 0 <= id < 2**24 for id in self.ids.values())
+            self.vocab_size = max(self.ids.values()) + 1
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(f"this is no tokenizer.json that can be read: {type(error).__name__}: {error}") from None
+        if not sound or end_of_text is not None and not 0 <= end_of_text < self.vocab_size:
+            raise ValueError(f"ids, or end_of_text = {end_of_text}, are outside this vocabulary of {self.vocab_size}")
+        id = self.ids.get(unknown)
+        self.unknown_id = None if id == end_of_text else id
+
+    def __reduce__(self) -> tuple:
+        return BPETokenizer, (self.json, self.end_of_text)
+
+    def meta(self) -> dict[str, Any]:
+        return super().meta() | {"json": self.json}
+
+    def identity(self) -> dict[str, Any]:
+        if self._is_gpt2:
+            return GPT2Tokenizer().identity()
+        return super().meta() | {"pipeline": self._pipeline, "added": self._added}
+
+    def encode(self, text: str) -> np.ndarray:
+        check_text(text)
+        library = self._tokenizer
+        parts = cut_up(text) if self._can_be_cut else [text]
+        try:
+            encoded = library.encode_batch_fast(parts, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more precise
+            raise UserError(f"the tokenizer cannot encode this text: {error}") from error
+        return np.concatenate([np.array(part.ids, self.dtype) for part in encoded])
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join([self._bytes_of[id] for id in self._checked(ids).tolist()])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """As for every kind, without the space that such a tokenizer puts before a text."""
+        text = super().decode(ids)
+        return text[1:] if text[:1] == " " and any(map(_begins_with_space, self._steps)) else text
+
+    def last_cut(self, text: str, start: int = 0) -> int:
+        return last_cut(text, start) if self._can_be_cut else 0
+
+    @property
+    def _is_byte_level(self) -> bool:  # by GPT-2's own pre-tokenizer, which loses nothing
+        split = self._pipeline["pre_tokenizer"] or {}
+        plain = not self._pipeline["normalizer"] and not split.get("add_prefix_space") and split.get("use_regex", True)
+        return plain and split.get("type") == "ByteLevel"
+
+    @property
+    def lossless(self) -> bool:
+        return self._is_byte_level and self.ids.keys() >= BYTE_OF.keys()
+
+    @property
+    def _can_be_cut(self) -> bool:
+        types = [(self._pipeline[key] or {}).get("type") for key in ("normalizer", "pre_tokenizer")]
+        return self._all_special and (self._is_byte_level or types == ["BertNormalizer", "BertPreTokenizer"])
+
+    @cached_property
+    def _is_gpt2(self) -> bool:
+        if not (self.vocab_size == 50257 and self.end_of_text == 50256 and self._is_byte_level):
+            return False
+        return hashlib.sha256("\n".join(sorted(self.ids, key=self.ids.get)).encode("utf-8")).hexdigest() == GPT2_SHA256
+
+    @cached_property
+    def _bytes_of(self) -> list[bytes]:  # [vocab_size], empty for an id without a token
+        table = [b""] * self.vocab_size
+        for token, id in self.ids.items():
+            table[id] = _bytes_of_token(token, self._steps)
+        return table
+
+    @cached_property
+    def _tokenizer(self):  # tokenizers.Tokenizer
+        try:
+            from tokenizers import Tokenizer as Library
+        except ImportError as error:
+            raise UserError("this model's tokenizer needs a package: pip install tokenizers") from error
+        try:
+            tokenizer = Library.from_str(self.json)
+        except Exception as error:  # the library raises nothing more precise
+            raise UserError(f"tokenizers cannot read this model's tokenizer.json: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # spelled out in a text, they are text
+        return tokenizer
+
+
+def _decoding_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a tokenizer.json's decoder. ValueError for one that cannot be done token by token."""
+    if decoder is None:
+        return [{"type": "Spaces"}]
+    if decoder["type"] == "Sequence":
+        return [step for part in decoder["decoders"] for step in _decoding_steps(part)]
+    known = ("Replace", "Metaspace", "WordPiece", "ByteFallback", "ByteLevel", "Fuse", "Strip")
+    if decoder["type"] not in known or decoder["type"] == "Replace" and "String" not in decoder["pattern"]:
+        raise ValueError(f"a decoder of the type {decoder['type']} is not read here")
+    return [decoder]
+
+
+def _begins_with_space(step: dict[str, Any]) -> bool:
+    """Whether a decoder with this step takes away the space before the first word."""
+    if step["type"] == "Metaspace":
+        return step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True)
+    return step["type"] in ("WordPiece", "Spaces") or step["type"] == "Strip" and step["start"] > 0
+
+
+def _bytes_of_token(token: str, steps: list[dict[str, Any]]) -> bytes:
+    """The bytes that a token adds to a text."""
+    for step in steps:
+        if step["type"] == "Replace":
+            token = token.replace(step["pattern"]["String"], step["content"])
+        elif step["type"] == "Metaspace":
+            token = token.replace(step["replacement"], " ")
+        elif step["type"] == "Spaces":
+            token = " " + token
+        elif step["type"] == "WordPiece" and token.startswith(step["prefix"]):
+            token = token.removeprefix(step["prefix"])
+        elif step["type"] == "WordPiece" and token[:1].isalnum() and token < "\u2e80":  # where CJK begins
+            token = " " + token
+        elif step["type"] == "ByteFallback" and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        elif step["type"] == "ByteLevel" and all(c in BYTE_OF for c in token):
+            return bytes([BYTE_OF[c] for c in token])
+    return token.encode("utf-8", errors="replace")
+
+
+def cut_up(text: str, size: int = 2**16) -> list[str]:
+    """The text in pieces of at least `size` characters that may be encoded apart, where it has a CUT."""
+    parts, start = [], 0
+    while len(text) - start > 2 * size and (match := CUT.search(text, start + size)):
+        parts.append(text[start : match.end()])
+        start = match.end()
+    return [*parts, text[start:]]
+
+
+def last_cut(text: str, start: int = 0) -> int:
+    """The last CUT after `start`; 0 where there is none."""
+    for begin in (len(text) - 4096, start):
+        cuts = [match.end() for match in CUT.finditer(text, max(begin, start))]
+        if cuts:
+            return cuts[-1]
+    return 0
 
 
 def code_points(text: str) -> np.ndarray:
@@ -266,8 +439,14 @@ def tokenizer_from_meta(meta: dict[str, Any], where: str) -> Tokenizer:
             tokenizer = CharTokenizer(chars, byte_fallback, meta.get("end_of_text") is not None)
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
+    elif kind == "bpe":
+        definition, end_of_text = meta.get("json"), meta.get("end_of_text")
+        if not isinstance(definition, str) or type(end_of_text) not in (int, type(None)):
+            raise UserError(f'{where}: a bpe tokenizer needs "json" (text) and "end_of_text" (an id or null)')
+        with user_errors(ValueError, about=where):
+            tokenizer = BPETokenizer(definition, end_of_text)
     elif isinstance(meta, dict) and "kind" in meta:
-        raise UserError(f"{where}: unknown kind of tokenizer {kind!r}; this version knows char and gpt2")
+        raise UserError(f"{where}: unknown kind of tokenizer {kind!r}; this version knows char, gpt2 and bpe")
     else:
         raise UserError(f'{where} does not describe a tokenizer: it has no "kind"')
     for key, value in tokenizer.meta().items():
@@ -312,6 +491,101 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     if not sound:
         raise UserError(f'{path} has a wrong "dtype", "max_id" or "files"; run the dataset\'s prepare.py again')
     return meta
+
+
+def hf_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face folder: tokenizer.json, else vocab.json and merges.txt, else BERT's vocab.txt;
+    None where there are none of them. UserError, naming the file, where one is broken.
+
+    Its end of text is what the folder calls its eos token, where that is inside the vocabulary, else <|endoftext|>,
+    </s> or [SEP]. tokenizer_config.json is asked first: config.json's is often GPT-2's 50256, left there by oversight.
+    """
+    names = ("tokenizer.json", "vocab.json", "vocab.txt")
+    path = next((p for name in names if (p := Path(folder) / name).is_file()), None)
+    if path is None or path.name == "vocab.json" and not path.with_name("merges.txt").is_file():
+        return None
+    first, *others = (f"{name}.json" for name in ("tokenizer_config", "config", "generation_config"))
+    broken = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError)
+    with user_errors(*broken, about=str(path)):
+        settings = _read_object(path.with_name(first))
+        definition = path.read_text(encoding="utf-8")
+        if path.name == "vocab.json":
+            merges = path.with_name("merges.txt").read_text(encoding="utf-8")
+            definition = _gpt2_json(json.loads(definition), merges, settings)
+        elif path.name == "vocab.txt":
+            definition = _bert_json(definition, settings)
+        tokenizer, ours = BPETokenizer(definition, None), settings.get("weigpt_tokenizer")
+        if isinstance(ours, dict) and ours.get("vocab_size") == tokenizer.vocab_size:
+            return tokenizer_from_meta(ours, first)
+        eos = _eos_id([settings, *(_read_object(path.with_name(name)) for name in others)], tokenizer.ids)
+    return BPETokenizer(definition, eos)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no such file. ValueError where it is none."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return found
+
+
+def _eos_id(settings: list[dict[str, Any]], ids: dict[str, int]) -> int | None:
+    known = {id: id for id in ids.values()} | ids  # tokens and their ids alike
+    for found in settings:
+        token, id = found.get("eos_token"), found.get("eos_token_id")
+        for name in (
+            token.get("content") if isinstance(token, dict) else token,
+            *(id if isinstance(id, list) else [id]),
+        ):
+            if name in known:
+                return known[name]
+    return next((ids[token] for token in (END_OF_TEXT, "</s>", "[SEP]") if token in ids), None)
+
+
+def tokenizer_json(model: dict[str, Any], special: dict[str, int], **pipeline: dict[str, Any]) -> str:
+    """The text of a tokenizer.json: its model, its special tokens and their ids, and, where it has them, a normalizer,
+    a pre_tokenizer and a decoder."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": id, "content": token, **flags} for token, id in sorted(special.items(), key=lambda item: item[1])]
+    parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return json.dumps(
+        {"version": "1.0", "added_tokens": added, **parts, **pipeline, "model": model}, ensure_ascii=False
+    )
+
+
+def byte_level_json(vocab: dict[str, int], merges: list[list[str]], special: dict[str, int]) -> str:
+    """The text of a tokenizer.json for BPE over bytes, as GPT-2 has it."""
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return tokenizer_json(model, special, pre_tokenizer=step, decoder=step)
+
+
+def _gpt2_json(vocab: dict[str, int], merges: str, settings: dict[str, Any]) -> str:
+    lines = [line for line in merges.split("\n") if line.strip() and not line.startswith("#version")]
+    added = {token["content"]: int(id) for id, token in settings.get("added_tokens_decoder", {}).items()}
+    special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+    return byte_level_json(vocab, [line.split(" ") for line in lines], special | added)
+
+
+def _bert_json(lines: str, settings: dict[str, Any]) -> str:
+    vocab = {token: id for id, token in enumerate(lines.removesuffix("\n").split("\n"))}
+    names = [settings.get(f"{name}_token", f"[{name.upper()}]") for name in ("unk", "sep", "pad", "cls", "mask")]
+    names = [name["content"] if isinstance(name, dict) else name for name in names]
+    normalizer = {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
+        "strip_accents": settings.get("strip_accents"),
+        "lowercase": settings.get("do_lower_case", True),
+    }
+    model = {"type": "WordPiece", "unk_token": names[0], "continuing_subword_prefix": "##", "vocab": vocab}
+    return tokenizer_json(
+        model | {"max_input_chars_per_word": 100},
+        {name: vocab[name] for name in names if name in vocab},
+        normalizer=normalizer,
+        pre_tokenizer={"type": "BertPreTokenizer"},
+        decoder={"type": "WordPiece", "prefix": "##", "cleanup": True},
+    )
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -1,6 +1,7 @@
 """What the tests share: no hub, GPT-2's vocabulary where there is one, a small dataset, and scripts run as users do."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,24 @@ def stories(tmp_path_factory) -> Path:
     done = run_script("data/chinese/prepare.py", f"--input={folder / 'some.txt'}", f"--dest={folder}", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+SCRIPTS = [
+    [*map(chr, range(0x20, 0x7F))],
+    list("的一是不了人我在有他这中大来上国个到说们，。！？《》“”、：；…—　"),
+    [*map(chr, range(0x4E00, 0x4E00 + 3000)), *map(chr, range(0x20000, 0x20100))],
+    list("😀👍🏽❤️👨‍👩‍👧🇨🇳é\u0301ñßŁſ²½Жяابअ한あア々〇"),
+    list(" \t\n\r\x0b\x0c\x1c\x85\xa0\u2003\u2028\u200b\ufeff"),
+    list("\x00\x01\x07\x1b\x7f\ufffd\uffff\U0010ffff"),
+    ["<|endoftext|>", "[SEP]", "[UNK]", "<s>", "</s>", "<0x41>", "##a", "▁", "Ġ", "Ċ", "don't", " the", "  ", "\n\n"],
+]
+
+
+def random_texts(n: int, seed: int = 0) -> list[str]:
+    """Strings of up to 60 pieces: Latin, Chinese, emoji, spaces of all kinds, controls, what looks like tokens."""
+    rng = random.Random(seed)
+    texts = [""]
+    while len(texts) < n:
+        scripts = rng.sample(SCRIPTS, rng.randint(1, 3))
+        texts.append("".join(rng.choice(rng.choice(scripts)) for _ in range(rng.randint(1, 60))))
+    return texts

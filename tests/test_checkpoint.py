@@ -13,7 +13,7 @@ import checkpoint
 from configurator import UserError
 from model import GPT, GPTConfig
 from run_dir import claim_out_dir
-from tokenizer import CharTokenizer
+from tokenizer import CharTokenizer, GPT2Tokenizer
 
 
 def a_state(iter_num=5, seed=0, **more):
@@ -199,6 +199,30 @@ def test_tokenizers_come_from_the_checkpoint_or_from_nanogpts_dataset_folder(tmp
     big = a_state()
     big["model_args"]["vocab_size"] = 50304
     assert checkpoint.tokenizer_of(big, "x").kind == "gpt2"
+
+
+def hf_folder(folder, vocab_size):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=16, vocab_size=vocab_size)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_hugging_face_folder_brings_its_own_tokenizer(tmp_path, capsys):
+    vocab = {chr(0x4E00 + i): i for i in range(100)}
+    for size, own in ((50257, GPT2Tokenizer()), (100, None)):
+        folder = hf_folder(tmp_path / str(size), size)
+        assert checkpoint.pretrained(folder)[1] == own
+        told = capsys.readouterr().err
+        assert ("taken for GPT-2's" in told) == bool(own)
+        (tmp_path / str(size) / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
+        model, tokenizer = checkpoint.pretrained(folder)
+        assert tokenizer.encode("丁一").tolist() == [1, 0] and tokenizer.vocab_size == 100
+        assert model.config.vocab_size == size and checkpoint.fits(tokenizer, size)
+    folder = hf_folder(tmp_path / "small", 99)
+    shutil.copy(tmp_path / "100" / "vocab.txt", folder)
+    with pytest.raises(UserError, match="tokenizer has 100 tokens, but its model 99"):
+        checkpoint.pretrained(folder)
 
 
 def test_an_out_dir_speaks_from_its_best_checkpoint_else_its_last(tmp_path):

@@ -563,3 +563,20 @@ def test_choosing_a_tokenizer(tmp_path):
     assert corpus.choose_tokenizer("char") is None and corpus.choose_tokenizer("gpt2") == GPT2Tokenizer()
     (tmp_path / "train.bin").touch()  # nanoGPT's GPT-2 datasets have no meta at all
     assert corpus.choose_tokenizer(str(tmp_path)) == GPT2Tokenizer()
+
+
+def test_a_hugging_face_folders_own_end_of_text_ends_each_document(tmp_path):
+    alphabet = pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet()
+    vocab = {c: id for id, c in enumerate([*sorted(alphabet), "</s>"])}
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    whole = {"version": "1.0", "added_tokens": [], "pre_tokenizer": step, "decoder": step, "model": model}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    source = corpus.Source((tmp_path / "a.txt", tmp_path / "b.txt"), mode="files")
+    for path in source.files:
+        path.write_text("好 day", encoding="utf-8")
+    meta = corpus.prepare(source, options(tokenizer=str(tmp_path / "hf")), tmp_path)
+    spelled = "".join({0xE5: "å", 0xA5: "¥", 0xBD: "½", 0x20: "Ġ"}.get(b, chr(b)) for b in "好 day".encode())
+    assert np.fromfile(tmp_path / "train.bin", "<u2").tolist() == [*(vocab[c] for c in spelled), 256]
+    assert meta["kind"] == "bpe" and meta["end_of_text"] == 256 and load_tokenizer(tmp_path).decode([256]) == "</s>"

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -87,6 +88,61 @@ def test_names_without_the_prefix_as_on_the_hub(tmp_path):
     save_file(tensors, path)
     for name, value in GPT.from_pretrained(str(tmp_path)).state_dict().items():
         assert torch.equal(value, wanted[name])
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorchs_own_file_is_read_where_there_is_no_other_and_runs_nothing(tmp_path, monkeypatch, zipped):
+    monkeypatch.chdir(tmp_path)
+    theirs = hf_folder(tmp_path)
+    wanted = GPT.from_pretrained(str(tmp_path)).state_dict()
+    whole = theirs.state_dict() | {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64), "version": 3}
+    torch.save(whole, "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    (tmp_path / "model.safetensors").rename("kept")
+    found = GPT.from_pretrained(str(tmp_path)).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    for content in (whole | {"wte.weight": Malice()}, [1]):
+        torch.save(content, "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ValueError, match="pytorch_model.bin cannot be read") as error:
+            GPT.from_pretrained(str(tmp_path))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / "kept").rename("model.safetensors")
+    GPT.from_pretrained(str(tmp_path))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="no model.safetensors and no pytorch_model.bin"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_several_files_are_one_model(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    hf_folder(tmp_path)
+    wanted = GPT.from_pretrained(str(tmp_path)).state_dict()
+    tensors = list(load_file(tmp_path / "model.safetensors").items())
+    for k, part in enumerate((tensors[:9], tensors[9:])):
+        save_file(dict(part), tmp_path / f"model-0000{k + 1}-of-00002.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    found = GPT.from_pretrained(str(tmp_path)).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_what_goes_out_is_what_transformers_writes(tmp_path, activation):
+    from safetensors.torch import load_file
+
+    theirs = hf_folder(tmp_path, activation)
+    config, tensors = GPT.from_pretrained(str(tmp_path)).to_hf()
+    wanted = load_file(tmp_path / "model.safetensors")
+    assert tensors.keys() == wanted.keys() and all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    written = transformers.GPT2Config(**config).to_dict()
+    differing = {k for k, v in theirs.config.to_dict().items() if written[k] != v}
+    assert differing <= {"dtype", "architectures", "bos_token_id", "eos_token_id", "transformers_version"}
 
 
 @pytest.mark.parametrize(

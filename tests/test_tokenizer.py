@@ -1,22 +1,34 @@
-"""Held against plain Python loops, tiktoken itself and bytes written out on paper."""
+"""Held against plain Python loops, tiktoken, transformers, tokenizers, and bytes written out on paper."""
 
 import hashlib
 import io
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
+import time
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import random_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configurator import UserError
-from tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer, read_meta, tokenizer_from_meta
+from tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    cut_up,
+    hf_tokenizer,
+    load_tokenizer,
+    read_meta,
+    tokenizer_from_meta,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -217,12 +229,247 @@ def test_gpt2_without_network_says_which_files_to_put_where(tmp_path):
     assert "TIKTOKEN_CACHE_DIR" in done.stderr
 
 
+# ---- Hugging Face's
+
+
+def trained(name: str):
+    """A small tokenizer of the library's, trained on the embedded stories."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    options = {"vocab_size": 2000, "show_progress": False, "max_token_length": 8}
+    if name == "byte level":
+        t = tokenizers.Tokenizer(models.BPE())
+        t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        options |= {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+        special = [END]
+    elif name == "metaspace":
+        t = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        t.pre_tokenizer = pre_tokenizers.Metaspace()
+        t.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    elif name == "llama":
+        t = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        t.decoder = decoders.Sequence(steps)
+    elif name == "unigram":
+        vocab = [("<unk>", 0), ("▁", -1), ("他", -2), ("我", -2.5), ("，▁", -3), ("的是", -3), ("的", -4), ("▁the", -5)]
+        t = tokenizers.Tokenizer(models.Unigram(vocab, 0))
+        t.normalizer, t.pre_tokenizer, t.decoder = normalizers.NFKC(), pre_tokenizers.Metaspace(), decoders.Metaspace()
+        t.encode_special_tokens = True
+        return t
+    elif name == "word level":
+        t = tokenizers.Tokenizer(models.WordLevel(unk_token="<unk>"))
+        t.pre_tokenizer = pre_tokenizers.Whitespace()
+        options.pop("max_token_length")
+    text = (ROOT / "data" / "chinese" / "stories_zh.txt").read_text(encoding="utf-8")[:100000]
+    trainer = {"word level": trainers.WordLevelTrainer}.get(name, trainers.BpeTrainer)
+    t.train_from_iterator([*text.split("\n"), "she isn't 12 " * 20], trainer(**options, special_tokens=special))
+    t.encode_special_tokens = True
+    return t
+
+
+@pytest.mark.parametrize("name", ["byte level", "metaspace", "llama", "unigram", "word level"])
+def test_the_librarys_ids_and_text(name):
+    theirs = trained(name)
+    ours = BPETokenizer(theirs.to_str(), None)
+    assert ours.vocab_size == theirs.get_vocab_size() and ours.unknown_id == theirs.token_to_id("<unk>")
+    assert ours.encode("").dtype == np.uint16 and ours.decode([]) == ""
+    for text in random_texts(2000):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text).tolist() == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
+        assert b"".join(ours.decode_bytes([id]) for id in ids) == ours.decode_bytes(ids)
+        if ours.lossless:
+            assert ours.decode(ids) == text
+    assert ours.lossless == (name == "byte level")
+
+
+def test_what_would_be_cut_off_or_filled_up_or_framed_is_not():
+    theirs = trained("byte level")
+    plain = BPETokenizer(theirs.to_str(), 0)
+    from tokenizers import processors
+
+    theirs.enable_truncation(4)
+    theirs.enable_padding(length=50)
+    theirs.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
+    ours = BPETokenizer(theirs.to_str(), 0)
+    text = "从前有一只小白兔。" * 3
+    assert ours.encode(text).tolist() == plain.encode(text).tolist() and ours.decode(ours.encode(text)) == text
+    assert ours == plain and ours.encode_prompt(END + "a").tolist() == [0, *plain.encode("a")]
+    assert ours != BPETokenizer(theirs.to_str(), None)
+
+
+def bert_folder(folder: Path, *more: str, **settings) -> Path:
+    """A folder as those of Chinese GPT-2s, whose vocabulary is BERT's."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "的", "我", "爱", "你", "，", "。", "!", "##的", "—", *more]
+    words += [*"abcdefghxyzPGé0123", *(f"##{c}" for c in "abcdefghnoptxyzé0123"), "python", "the", "##ing", "gpt"]
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False}])
+def test_berts_vocabulary_has_berts_ids(tmp_path, settings):
+    transformers = pytest.importorskip("transformers")
+    ours = hf_tokenizer(bert_folder(tmp_path, **settings))
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    assert (ours.vocab_size, ours.end_of_text, ours.unknown_id) == (len(theirs), 3, 1)
+    known = set()
+    for text in [
+        *random_texts(1000),
+        "我爱Python3和thebing 你的，the的!  Gpté[SEP]",
+        *sliced("我你爱 abcthexyz，PG é的", 1000),
+    ]:
+        ids = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.encode(text).tolist() == ids, text
+        known |= set(ids)
+    assert len(known) > 30
+
+
+def sliced(text: str, n: int) -> list[str]:
+    rng = random.Random(2)
+    return ["".join(rng.choices(text, k=rng.randint(1, 40))) for _ in range(n)]
+
+
+def test_berts_tokens_as_text_on_paper(tmp_path):
+    t = hf_tokenizer(bert_folder(tmp_path))
+    assert t.decode(t.encode("我爱Python3，the  gptx你 ! ")) == "我爱 python3， the gptx你!"
+    assert t.decode(t.encode("the 我")) == "the我"
+    assert t.pieces(t.encode("爱the3的")) == ["爱", " the", "3", "的"]
+    assert t.pieces([3, 1, t.encode("é")[0]]) == ["[SEP]", "[UNK]", " e"]
+    assert t.encode_prompt(f"我{END}爱").tolist() == [6, 3, 7] and 3 not in t.encode("我[SEP]爱")
+
+
+@pytest.mark.parametrize("name", ["byte level", "bert"])
+def test_pieces_that_are_cut_have_the_ids_of_the_whole(tmp_path, name):
+    t = BPETokenizer(trained(name).to_str(), None) if name != "bert" else hf_tokenizer(bert_folder(tmp_path))
+    pieces = 0
+    for text in [*random_texts(1500, seed=3), *sliced("ab the 的，\n\t 我1.\x1c\u0301é'", 1500)]:
+        cut = t.last_cut(text)
+        pieces += cut > 0
+        assert [*t.encode(text[:cut]).tolist(), *t.encode(text[cut:]).tolist()] == t.encode(text).tolist(), text
+    assert pieces > 500 and t.last_cut("") == 0 and t.last_cut("one two") == 3
+    long = "".join(f"第{n}回，the ab gone {n * n}!\n\n  “{n}”。" for n in range(12000)) + "x" * 70000
+    assert len(cut_up(long)) > 3 and "".join(cut_up(long)) == long
+    whole = t._tokenizer.encode(long, add_special_tokens=False).ids
+    assert t.encode(long).tolist() == whole
+
+
+def test_where_nothing_may_be_cut():
+    t = BPETokenizer(trained("metaspace").to_str(), None)
+    assert t.last_cut("one two, three.") == 0
+    theirs = trained("byte level")
+    theirs.add_tokens(["a b"])
+    t = BPETokenizer(theirs.to_str(), None)
+    assert t.last_cut("a b") == 0 and t.encode("a b").tolist() == [2000] and t.decode([2000]) == "a b"
+
+
+def test_a_megabyte_takes_no_longer_than_its_length():
+    t = BPETokenizer(trained("llama").to_str(), None)  # one word, for this one
+    text = (ROOT / "data" / "chinese" / "stories_zh.txt").read_text(encoding="utf-8")
+    small, large = (text * 4)[: 2**18], (text * 8)[: 2**21]
+
+    def seconds(text: str) -> float:
+        start = time.perf_counter()
+        t.encode(text)
+        return time.perf_counter() - start
+
+    seconds(small)
+    assert seconds(large) < 32 * min(seconds(small) for _ in range(3))  # 8 times the text; 64 times were quadratic
+
+
+def test_byte_level_files_without_tokenizer_json(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = trained("byte level")
+    theirs.model.save(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["merges.txt", "vocab.json"]
+    ours, reference = hf_tokenizer(tmp_path), transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    assert (ours.end_of_text, ours.unknown_id, ours.vocab_size) == (0, None, 2000)
+    for text in random_texts(500):
+        wanted = reference(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text).tolist() == theirs.encode(text).ids == wanted
+    (tmp_path / "merges.txt").unlink()
+    assert hf_tokenizer(tmp_path) is None and hf_tokenizer(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    "files, end",
+    [
+        ({}, 2),
+        ({"config": {"eos_token_id": 7}}, 7),
+        ({"config": {"eos_token_id": 50256}}, 2),
+        ({"config": {"eos_token_id": None}, "generation_config": {"eos_token_id": [9, 8]}}, 9),
+        ({"config": {"eos_token_id": 7}, "tokenizer_config": {"eos_token": "<s>"}}, 1),
+        ({"tokenizer_config": {"eos_token": {"content": "<s>", "lstrip": False}}}, 1),
+        ({"tokenizer_config": {"eos_token": "<nowhere>"}, "config": {"eos_token_id": 7}}, 7),
+    ],
+)
+def test_the_end_of_text_is_the_folders_eos(tmp_path, files, end):
+    (tmp_path / "tokenizer.json").write_text(trained("metaspace").to_str(), encoding="utf-8")
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    assert hf_tokenizer(tmp_path).end_of_text == end
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "[" * 100000),
+        ("tokenizer.json", '{"model": {"vocab": {}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": -1}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0.5}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 99999999999}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0}}, "decoder": {"type": "CTC"}}'),
+        ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer_config.json", "["),
+        ("tokenizer_config.json", "[" * 100000),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 3}'),
+        ("vocab.json", '["a"]'),
+    ],
+)
+def test_broken_files_are_a_sentence(tmp_path, name, content):
+    if name != "tokenizer.json":
+        (tmp_path / "vocab.json").write_text('{"a": 0}', encoding="utf-8")
+        (tmp_path / "merges.txt").write_text("", encoding="utf-8")
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match="json") as error:
+        hf_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_only_the_library_can_tell_is_a_sentence(tmp_path):
+    t = BPETokenizer('{"model": {"vocab": {"a": 0}, "type": "Other"}}', None)
+    assert t.decode([0]) == "a"
+    with pytest.raises(UserError, match="^tokenizers cannot read this model's tokenizer.json"):
+        t.encode("a")
+    t = hf_tokenizer(bert_folder(tmp_path, unk_token="[NONE]"))
+    with pytest.raises(UserError, match="cannot encode"):
+        t.encode("龘")
+
+
+def test_ids_become_text_without_the_library_and_text_becomes_a_sentence(monkeypatch):
+    theirs = trained("byte level")
+    ids = theirs.encode("从前").ids
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    t = BPETokenizer(theirs.to_str(), None)
+    assert t.decode(ids) == "从前"
+    with pytest.raises(UserError, match="^this model's tokenizer needs a package: pip install tokenizers"):
+        t.encode("从前")
+
+
 # ---- meta
 
 
 @pytest.mark.parametrize(
     "tokenizer",
     [
+        BPETokenizer('{"model": {"vocab": {"a": 0, "b": 5}}}', 5),
         CharTokenizer("a好😀", True, True),
         CharTokenizer("a好", False, False),
         CharTokenizer("a好", False, True),
@@ -245,6 +492,9 @@ def test_tokenizers_differ():
         CharTokenizer("ab", False, False),
         CharTokenizer("ab", False, True),
         GPT2Tokenizer(),
+        BPETokenizer('{"model": {"vocab": {"a": 0, "b": 1}}}', None),
+        BPETokenizer('{"model": {"vocab": {"a": 0, "b": 1}}}', 1),
+        BPETokenizer('{"model": {"vocab": {"a": 1, "b": 0}}}', 1),
     ]
     assert all((a == b) == (a is b) for a in different for b in different)
     assert CharTokenizer("ab", True, False) == CharTokenizer("ab", True, True)
@@ -257,6 +507,11 @@ GOOD = {"kind": "char", "vocab_size": 2, "dtype": "uint16", "chars": "ab", "byte
     "change, word",
     [
         ({"kind": "bpe"}, "bpe"),
+        ({"kind": "bpe", "json": "{"}, "tokenizer.json"),
+        ({"kind": "bpe", "json": '{"model": {"vocab": {"a": 0}}}'}, "vocab_size"),
+        ({"kind": "bpe", "json": '{"model": {"vocab": {"a": 0}}}', "vocab_size": 1, "end_of_text": 1}, "end_of_text"),
+        ({"kind": "bpe", "json": '{"model": {"vocab": {"a": 0}}}', "vocab_size": 1, "end_of_text": "a"}, "end_of_text"),
+        ({"kind": "wordpiece"}, "char, gpt2 and bpe"),
         ({"kind": ["char"]}, "unknown kind"),
         ({"kind": None}, "unknown kind"),
         ({"vocab_size": 3}, "vocab_size is 3,"),

@@ -341,6 +341,41 @@ def test_weights_from_a_hugging_face_folder(tmp_path, monkeypatch):
     assert done.returncode == 0 and done.stdout.startswith("All"), done.stderr
 
 
+def test_weights_and_vocabulary_from_a_hugging_face_folder(tmp_path, stories, monkeypatch):
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    text = (stories / "some.txt").read_text(encoding="utf-8")
+    (tmp_path / "hf").mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(text) - set("\n　 ")), *"abc"]
+    (tmp_path / "hf" / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=64, vocab_size=len(words) + 3)
+    transformers.GPT2LMHeadModel(config).save_pretrained("hf")
+    os.mkdir("texts")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "texts" / name).write_text(text + "ABC", encoding="utf-8")
+    done = run_script("data/chinese/prepare.py", "--input=texts", "--tokenizer=hf", "--dest=bert", cwd=tmp_path)
+    assert done.returncode == 0 and "not compared" in done.stdout, done.stderr
+    reference = tokenizers.BertWordPieceTokenizer("hf/vocab.txt", lowercase=True)
+    ids = [*reference.encode(text + "ABC", add_special_tokens=False).ids, words.index("[SEP]")]
+    assert np.fromfile("bert/train.bin", "<u2").tolist() == np.fromfile("bert/val.bin", "<u2").tolist() == ids
+
+    small = ["--batch_size=2", "--max_iters=2", "--eval_iters=1", "--gradient_accumulation_steps=1", "--init_from=hf"]
+    train_here(*small, "--dataset=bert", "--sample_interval=1", "--sample_prompts=从前")
+    saved = checkpoint.load("out/last.pt")
+    assert saved["tokenizer"]["kind"] == "bpe" and saved["model_args"]["vocab_size"] == len(words) + 3
+    os.mkdir("other")
+    (tmp_path / "other" / "vocab.txt").write_text("\n".join(words[:5] + words[:4:-1]), encoding="utf-8")
+    done = run_script("data/chinese/prepare.py", "--input=texts", "--tokenizer=other", "--dest=data2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for dataset in (stories, "data2"):
+        with pytest.raises(UserError, match="prepare it with --tokenizer=hf"):
+            train_here(*small, f"--dataset={dataset}", "--out_dir=new")
+    speak = ["--start=从前", "--max_new_tokens=3", "--num_samples=1", "--device=cpu"]
+    for source in ("--init_from=hf", "--out_dir=out"):
+        done = run_script("sample.py", source, *speak, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.startswith("从前"), done.stderr
+
+
 def test_a_diverging_run_stops_with_a_sentence_and_harms_no_checkpoint(straight, tmp_path, monkeypatch):
     copy_run(straight, tmp_path, monkeypatch)
     before = {n: (tmp_path / "out" / n).read_bytes() for n in ("ckpt.pt", "last.pt", "last.prev.pt")}

@@ -16,7 +16,7 @@ from configurator import Config, configure, run
 input = []  # a text file (several: --input=a.txt --input=b.txt) or a folder; default: input.txt here, else the stories
 encoding = "utf-8"  # of the input; older Chinese texts are often gb18030 or big5
 val_fraction = 0.1  # the last part of the text, kept for validation
-tokenizer = "char"  # "char", "gpt2", or a dataset folder, out_dir or .pt file whose vocabulary is used again
+tokenizer = "char"  # "char", "gpt2", or a dataset folder, out_dir, .pt file or Hugging Face folder: its vocabulary
 byte_fallback = True  # 256 byte tokens, so that any text has tokens
 min_count = 1  # characters rarer than this take the byte tokens instead of one of their own
 dest = ""  # the folder for the dataset; default: this folder

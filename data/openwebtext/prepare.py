@@ -20,7 +20,7 @@ input = []  # .jsonl, .json, .parquet or .txt files (each .txt is a document), o
 text_column = "text"  # where a document's text is, in jsonl and parquet
 encoding = "utf-8"  # of .txt and .jsonl input
 val_fraction = 0.0005  # of the documents, kept for validation
-tokenizer = "gpt2"  # "gpt2", "char", or a dataset folder, out_dir or .pt file whose vocabulary is used again
+tokenizer = "gpt2"  # "gpt2", "char", or a dataset folder, out_dir, .pt file or Hugging Face folder: its vocabulary
 byte_fallback = True  # with "char": 256 byte tokens, so that any text has tokens
 min_count = 1  # with byte_fallback: characters rarer than this take the byte tokens
 num_proc = max(1, (os.cpu_count() or 2) // 2)  # processes that load and encode
@@ -108,7 +108,7 @@ def main(config: Config) -> None:
             with corpus.progress_bar(len(encoded), f"writing {split}", "documents") as progress:
                 for number, batch in enumerate(encoded.with_format("numpy").iter(1000)):
                     texts = [text or "" for text in part[:1000]["text"]] if number == 0 else []
-                    expected = "".join(text + corpus.END_OF_TEXT for text in texts) if texts else None
+                    expected = "".join(text + corpus.end_text(tokenizer) for text in texts) if texts else None
                     writer.write(split, np.concatenate(batch["ids"]), expected)
                     characters += int(batch["characters"].sum())
                     progress(len(batch["ids"]))

@@ -15,7 +15,7 @@ from configurator import Config, configure, run
 input = []  # a text file (several: --input=a.txt --input=b.txt) or a folder; default: input.txt here, else a download
 encoding = "utf-8"  # of the input
 val_fraction = 0.1  # the last part of the text, kept for validation
-tokenizer = "gpt2"  # "char", "gpt2", or a dataset folder, out_dir or .pt file whose vocabulary is used again
+tokenizer = "gpt2"  # "char", "gpt2", or a dataset folder, out_dir, .pt file or Hugging Face folder: its vocabulary
 byte_fallback = False  # with "char": 256 byte tokens, so that any text has tokens; False gives nanoGPT's ids alone
 min_count = 1  # with byte_fallback: characters rarer than this take the byte tokens
 dest = ""  # the folder for the dataset; default: this folder
