@@ -126,9 +126,10 @@ def choose(logits: torch.Tensor, s: Sampling, uniform: torch.Tensor) -> torch.Te
     """The next ids [rows, 1] from logits [rows, vocab_size] and numbers in [0, 1) [rows, 1]."""
     if s.temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits, ids = (logits - logits.amax(-1, keepdim=True)) / s.temperature, None
-    if s.top_k:
+    ids = None
+    if s.top_k:  # before the temperature, which changes no order: what follows then has k numbers a row to do with
         logits, ids = keep_top_k(logits, s.top_k)
+    logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature
     if s.top_p < 1:
         logits = keep_top_p(logits, s.top_p)
     if s.min_p > 0:

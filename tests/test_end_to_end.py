@@ -48,8 +48,10 @@ def keys_parse(command: str, clone: Path) -> None:
     done = run_script(script, *arguments, "--help", cwd=clone)
     assert done.returncode == 0, done.stderr
     namespace = {"__file__": script}
-    exec(compile((ROOT / script).read_text(encoding="utf-8").split("config = configure")[0], script, "exec"), namespace)
-    configure(namespace, argv=arguments)
+    before, call = (ROOT / script).read_text(encoding="utf-8").split("config = configure", 1)
+    exec(compile(before, script, "exec"), namespace)
+    words = re.search(r'positionals=\("(\w+)",\)', call.partition("\n")[0])
+    configure(namespace, positionals=words.groups() if words else (), argv=arguments)
 
 
 def test_both_readmes_have_the_same_commands_tables_and_headings():
