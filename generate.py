@@ -195,7 +195,8 @@ def stream(
     alternatives. A prompt longer than the context is read from where its newest block_size tokens begin.
     """
     s, rows = sampling, range(len(prompts))
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    encoded = {prompt: prompt_ids(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
+    ids = [encoded[prompt] for prompt in prompts]
     if s.limit == 0 or not ids:
         yield from (Piece(row, "", (), "length") for row in rows)
         return

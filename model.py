@@ -378,7 +378,7 @@ class Decoder:
         its newest part. The next token's logits, [rows, vocab_size]. Equal prompts are computed once."""
         rows = list(range(len(prompts))) if rows is None else rows
         for row, prompt in zip(rows, prompts, strict=True):
-            self.read[row] = list(prompt)
+            self.read[row] = list(prompt[-self.time :])
             self.lengths[row] = min(len(prompt), self.time)
         distinct = {tuple(prompt[-self.time :]): None for prompt in prompts}
         number = {prompt: n for n, prompt in enumerate(distinct)}
@@ -392,7 +392,9 @@ class Decoder:
             return k, v, None
 
         x = _read(self.net, self.keys, self.values, idx, slice(t), remember)
-        x = x[torch.arange(len(x)), self._tensor([len(prompt) - 1 for prompt in distinct])]  # [distinct, n_embd]
+        x = x[
+            self._tensor(list(range(len(x)))), self._tensor([len(prompt) - 1 for prompt in distinct])
+        ]  # [distinct, n_embd]
         return self.net.lm_head(self.net.ln_f(x))[which]
 
     @torch.inference_mode()

@@ -126,8 +126,9 @@ class Shown:
         return "\n".join(f"\x1b[30;48;5;{colour}m{line}\x1b[0m" if line else "" for line in lines)
 
     def legend(self) -> str:
-        names = [f"\x1b[30;48;5;{colour}m {least:.0%} and more \x1b[0m" for least, colour in COLOURS]
-        return f"a token's probability: {' '.join(names)}"
+        words = [f"from {least:.0%}" if least else f"below {COLOURS[-2][0]:.0%}" for least, _ in COLOURS]
+        shown = [f"\x1b[30;48;5;{colour}m {word} \x1b[0m" for word, (_, colour) in zip(words, COLOURS, strict=True)]
+        return f"a token's probability: {' '.join(shown)}"
 
     def speed(self) -> str:
         return (
@@ -187,6 +188,8 @@ def converse(text: str, begin: Callable[[str, int], Iterable[Piece]], shown: Sho
     with suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones come back
     note("Type a beginning. Enter: the model goes on. /new: another text. Ctrl-C: end its turn. Ctrl-D: end.")
+    if text:
+        print(text)
     for turn in count():
         try:
             line = input("> ")
