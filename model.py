@@ -388,7 +388,8 @@ class Decoder:
         into = slice(None) if rows == list(range(len(self.lengths))) else self._tensor(rows)
 
         def remember(keys, values, k, v):
-            keys[into, :, :t], values[into, :, :t] = k[which], v[which]
+            alike = len(distinct) == 1  # then one row is written to all
+            keys[into, :, :t], values[into, :, :t] = (k, v) if alike else (k[which], v[which])
             return k, v, None
 
         x = _read(self.net, self.keys, self.values, idx, slice(t), remember)

@@ -7,13 +7,15 @@
     $ python sample.py --out_dir=out-chinese --start=FILE:prompt.txt --temperature=0 --show_probs
 
 Opens a checkpoint of ours or of nanoGPT's, GPT-2's weights, or a folder in the Hugging Face layout. The samples are
-drawn together and go to stdout, all else to stderr.
+drawn together and go to stdout, all else to stderr. Of a prompt that is longer than the model's context the newest
+block_size tokens are seen, and a line says which are not.
 """
 
 from configurator import Config, UserError, configure, note, run
 
 init_from = "resume"  # 'resume' for out_dir, 'gpt2*', or a path: an out_dir, a .pt file, a Hugging Face folder
 out_dir = "out"  # ckpt.pt is taken from here, where init_from is 'resume'
+# What it begins with
 start = "\n"  # the prompt, FILE:path, or - for stdin; <|endoftext|> is the special token; empty is a new text
 title = ""  # begins a document with this title, in the layout of the dataset, where it has one; start then follows it
 num_samples = 10  # how many
