@@ -219,8 +219,9 @@ def bench_generation(c: Config, say: Callable[[str], None]) -> None:
     ctx = autocast(c.device, c.dtype)
     say(f"{model.get_num_params() / 1e6:.2f}M parameters, {c.device}, {c.quantize or c.dtype}")
     figures = bench_generate.measure(c, model, ctx, say) | circumstances(c)
-    if c.quantize and c.init_from:
-        figures |= (found := bench_generate.perplexity(c, model, ctx))
+    tokens = bench_generate.validation_split(c, model.config.block_size) if c.quantize and c.init_from else None
+    if tokens:
+        figures |= (found := bench_generate.perplexity(c, model, tokens, ctx))
         say(", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items()))
     if c.json:
         print(dumps(figures))

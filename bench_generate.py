@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from math import exp
 from pathlib import Path
 from statistics import median
@@ -20,10 +21,11 @@ from typing import Any
 import torch
 
 import checkpoint
-from configurator import Config, UserError
+from configurator import Config, UserError, note
+from device import try_compiled
 from generate import Sampling, stream
-from loader import dataset_folder, evaluation_batches, open_split
-from model import GPT, bare
+from loader import Tokens, dataset_folder, evaluation_batches, open_split
+from model import GPT, Decoder, bare
 from quantize import quantize
 from tokenizer import CharTokenizer
 
@@ -36,6 +38,11 @@ def measure(c: Config, model: GPT, ctx, say: Callable[[str], None]) -> Figures:
     """Rates in tokens/s, medians of c.num_rounds, for each batch size and context; says a line for each."""
     plain, model = model.eval(), quantize(deepcopy(model), c.quantize) if c.quantize else model.eval()
     context = model.config.block_size
+    if context < 2 or model.config.vocab_size > 10**6:
+        raise UserError("to measure generation, block_size must be at least 2, vocab_size at most a million")
+    if c.compile:
+        for size in c.batch_sizes:
+            try_compiled(partial(one_token, model, size, ctx))
     prompt = max(1, min(SHORT, context // 2))
     cases = [(size, prompt, min(c.max_new_tokens, context - prompt)) for size in c.batch_sizes]
     cases += [(size, context - LAST, LAST) for size in c.batch_sizes if context - LAST > prompt]
@@ -45,6 +52,14 @@ def measure(c: Config, model: GPT, ctx, say: Callable[[str], None]) -> Figures:
         results.append(compared(c, plain, model, ctx, batch_size, prompt, new, others))
         say(line(results[-1]))
     return {"generation": results}
+
+
+def one_token(model: GPT, batch_size: int, ctx) -> None:
+    """Compiles the one-token pass for this many rows."""
+    with ctx:
+        decoder = Decoder(model, batch_size, model.config.block_size, compiled=True)
+        decoder.prefill([[0]] * batch_size)
+        decoder.decode([0] * batch_size)
 
 
 def compared(c: Config, plain: GPT, model: GPT, ctx, batch_size: int, prompt: int, new: int, others: dict) -> Figures:
@@ -164,11 +179,19 @@ def peers(c: Config, model: GPT, prompt: int, new: int) -> dict[str, Callable[[t
     return found
 
 
+def validation_split(c: Config, block_size: int) -> Tokens | None:
+    """That of the dataset on which the checkpoint was trained; None, and a note, where there is none."""
+    try:
+        _, state = checkpoint.best(c.init_from)
+        return open_split(dataset_folder(state["config"].get("dataset", "")), "val", block_size)
+    except UserError as error:
+        note(f"note: no perplexity without the checkpoint's dataset: {error}")
+        return None
+
+
 @torch.inference_mode()
-def perplexity(c: Config, model: GPT, ctx) -> Figures:
-    """The checkpoint's perplexity on the whole validation split of its dataset, as it is and quantized."""
-    _, state = checkpoint.best(c.init_from)
-    tokens = open_split(dataset_folder(state["config"].get("dataset", "")), "val", model.config.block_size)
+def perplexity(c: Config, model: GPT, tokens: Tokens, ctx) -> Figures:
+    """The model's perplexity on the whole split, as it is and quantized."""
     offsets = evaluation_batches(len(tokens.ids), model.config.block_size, 8, len(tokens.ids))
     figures = {}
     for name in ("", c.quantize):

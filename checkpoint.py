@@ -178,6 +178,11 @@ def best(source: str) -> tuple[Path, dict[str, Any]]:
     return path, load(path)
 
 
+def is_checkpoint(source: str) -> bool:
+    """Whether it is a .pt file or an out_dir, and not a Hugging Face folder or the name of one."""
+    return Path(source).is_file() or any((Path(source) / name).is_file() for name in ("ckpt.pt", "last.pt"))
+
+
 def model_of(state: dict[str, Any], where: str | Path, dropout: float = 0.0) -> GPT:
     """The model that a checkpoint holds, on the CPU."""
     try:
@@ -233,7 +238,7 @@ def pretrained(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None
     and for any other the tokenizer is None. UserError where something is missing, broken or does not fit together.
     """
     folder = Path(source)
-    if folder.is_file() or any((folder / name).is_file() for name in ("ckpt.pt", "last.pt")):
+    if is_checkpoint(source):
         path, state = best(source)
         return model_of(state, path, dropout), tokenizer_of(state, path)
     with user_errors(ValueError):

@@ -93,14 +93,13 @@ def is_memory_error(error: Exception) -> bool:
 
 
 @contextmanager
-def memory_error_told() -> Iterator[None]:
+def memory_error_told(
+    remedy: str = "halve batch_size and double gradient_accumulation_steps: the same computation; or lower block_size",
+) -> Iterator[None]:
     """Running out of memory ends with a sentence; no batch is skipped or shrunk behind the user's back."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_memory_error(error):
             raise
-        raise UserError(
-            "out of memory: halve batch_size and double gradient_accumulation_steps, which computes the same, "
-            "or lower block_size"
-        ) from error
+        raise UserError(f"out of memory: {remedy}") from error

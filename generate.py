@@ -2,14 +2,16 @@
 
 Notable choices:
 - Logits become a token by small functions, in the usual order: forbidden ids, repetition penalty, temperature, top_k,
-  top_p, min_p, and a draw by the inverse of the cumulative distribution.
-- Each sample draws from a random stream of its own, (seed, its number): a sample is the same whatever company it is in.
+  top_p, min_p, and a draw.
+- What is random is a function of (seed, the sample's number, the token's number, the candidate's id), with no generator
+  whose state could differ: a sample is the same whatever company it is in, and on whatever device, but for rounding.
 - Text leaves in whole characters: bytes of a half one wait, and so does what may be the beginning of a stop string.
 """
 
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from math import inf, log
 
 import torch
@@ -18,6 +20,7 @@ from configurator import UserError
 from model import GPT, Decoder, derive_seed
 from tokenizer import Tokenizer
 
+GAMMA, MIX_1, MIX_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # SplitMix64's
 CANDIDATES = 1000  # the likeliest tokens nearly always hold top_p of the mass, and finding them is cheaper than sorting
 
 
@@ -41,12 +44,12 @@ class Sampling:
             ("max_new_tokens", 0, inf, "0 or more"),
             ("temperature", 0, inf, "0 (always the likeliest) or more"),
             ("top_k", 0, inf, "0 (every token may come) or more"),
-            ("top_p", 5e-324, 1.0000001, "above 0, and at most 1 (every token may come)"),
-            ("min_p", 0, 1.0000001, "0 (every token may come) to 1"),
-            ("repetition_penalty", 5e-324, inf, "above 0; 1 is no penalty"),
+            ("top_p", 5e-324, 1, "above 0, and at most 1 (every token may come)"),
+            ("min_p", 0, 1, "0 (every token may come) to 1"),
+            ("repetition_penalty", 1e-6, 1e6, "a millionth to a million; 1 is no penalty"),
         ):
             value = getattr(self, name)
-            if not low <= value < high:
+            if not low <= value <= high or value == inf:
                 raise UserError(f"{name}={value}: expected {expected}")
         if isinstance(self.stop, str) or "" in self.stop:
             raise UserError(f"stop={self.stop!r}: expected strings of at least one character")
@@ -103,7 +106,7 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     top = probs.topk(min(CANDIDATES, probs.size(-1))).values
     if (top.sum(-1) < p).any():
         top = probs.sort(-1, descending=True).values
-    kept = (top.cumsum(-1) - top < p).sum(-1, keepdim=True)  # [rows, 1]
+    kept = (top.cumsum(-1) - top < p).sum(-1, keepdim=True).clamp(min=1)  # [rows, 1]
     return torch.where(probs < top.gather(-1, kept - 1), -inf, logits)
 
 
@@ -112,30 +115,35 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return torch.where(logits < logits.amax(-1, keepdim=True) + log(p), -inf, logits) if p > 0 else logits
 
 
-def draw(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Indices [rows, 1] drawn from `probs` [rows, n] by numbers in [0, 1) [rows, 1]: none of probability 0.
+def draw(probs: torch.Tensor, keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Places [rows, 1] drawn from `probs` [rows, n] of the tokens `ids`, [rows, n] or [n], by the rows' `keys` [rows].
 
-    In double precision, where a 24-bit number below 1 times the total is below the total.
+    Each token has an exponential number E of its own, made of (key, id) by SplitMix64 (Steele et al. 2014), and the
+    largest probability / E wins. A rounding of the probabilities changes that only where two are as good as equal,
+    whereas an inverse cumulative distribution has an edge for every token that can move across the number drawn.
     """
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)
+    x = keys[:, None] + (ids + 1) * GAMMA  # [rows, n] int64, which wraps around as unsigned numbers do
+    x = (x ^ (x >> 30 & 2**34 - 1)) * MIX_1
+    x = (x ^ (x >> 27 & 2**37 - 1)) * MIX_2
+    x = x ^ (x >> 31 & 2**33 - 1)
+    uniform = ((x >> 11 & 2**53 - 1).float() + 0.5) * 2.0**-53  # above 0; floats are finest where it matters, near 0
+    return (probs / -torch.log1p(-uniform.clamp(max=1 - 2**-24))).argmax(-1, keepdim=True)
 
 
 @torch.inference_mode()
-def choose(logits: torch.Tensor, s: Sampling, uniform: torch.Tensor) -> torch.Tensor:
-    """The next ids [rows, 1] from logits [rows, vocab_size] and numbers in [0, 1) [rows, 1]."""
+def choose(logits: torch.Tensor, s: Sampling, keys: torch.Tensor) -> torch.Tensor:
+    """The next ids [rows, 1] from logits [rows, vocab_size] and a random number a row, `keys` [rows] int64."""
     if s.temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    ids = None
+    ids = torch.arange(logits.size(-1), device=logits.device)
     if s.top_k:  # before the temperature, which changes no order: what follows then has k numbers a row to do with
         logits, ids = keep_top_k(logits, s.top_k)
-    logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(s.temperature, 1e-20)
     if s.top_p < 1:
         logits = keep_top_p(logits, s.top_p)
     if s.min_p > 0:
         logits = keep_min_p(logits, s.min_p)
-    drawn = draw(logits.softmax(-1), uniform)
-    return drawn if ids is None else ids.gather(-1, drawn)
+    return ids.expand_as(logits).gather(-1, draw(logits.softmax(-1), keys, ids))
 
 
 @dataclass
@@ -154,9 +162,9 @@ class Writer:
         s = self.sampling
         if id == self.tokenizer.end_of_text:
             self.finished = "end"
-            return self.held + self.utf8.decode(b"", final=True)
+            return self.held
         self.tokens += 1
-        new = self.utf8.decode(self.tokenizer.decode_bytes([id]), final=self.tokens == s.limit)
+        new = self.utf8.decode(self.tokenizer.decode_bytes([id]))  # bytes of a character that is never ended stay here
         if self.tokens == s.limit:
             self.finished = "length"
         if s.stop_at_sentence and self.tokens >= s.max_new_tokens:
@@ -191,8 +199,8 @@ def stream(
     """Continues all prompts at once and yields pieces of their texts as they come, rows in turn; each row ends for
     itself. A row's pieces are the continuation alone.
 
-    Row k draws from the random stream (seed, first + k). `logprobs`: with each token its log-probability and that many
-    alternatives. A prompt longer than the context is read from where its newest block_size tokens begin.
+    Row k is sample first + k. `logprobs`: with each token its log-probability and that many alternatives. A prompt
+    longer than the context is read from where its newest block_size tokens begin. UserError for a model that diverged.
     """
     s, rows = sampling, range(len(prompts))
     encoded = {prompt: prompt_ids(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
@@ -202,8 +210,7 @@ def stream(
         return
     decoder = Decoder(model, len(ids), max(map(len, ids)) + s.limit, compiled)
     logits = decoder.prefill(ids)
-    device = logits.device if logits.device.type != "mps" else torch.device("cpu")  # Metal has no float64
-    generators = [torch.Generator().manual_seed(derive_seed(s.seed, first + row)) for row in rows]
+    device = logits.device
     forbidden = torch.arange(logits.size(-1), device=device) >= tokenizer.vocab_size  # [vocab_size]
     if tokenizer.unknown_id is not None:
         forbidden[tokenizer.unknown_id] = True
@@ -214,15 +221,16 @@ def stream(
             seen[row, ids[row]] = True
     writers = [Writer(tokenizer, s) for _ in rows]
     waiting: list[list[Token]] = [[] for _ in rows]
-    while True:
-        logits = logits.to(device, torch.float32)
-        raw = logits
+    for n in count():
+        logits = raw = logits.float()
+        if not logits.sum().isfinite():
+            raise UserError("the model's logits are not finite numbers: its training diverged, or dtype is too narrow")
         if some_forbidden:
             logits = logits.masked_fill(forbidden, -inf)
         if s.repetition_penalty != 1:
             logits = penalize(logits, seen, s.repetition_penalty)
-        uniform = torch.cat([torch.rand(1, 1, generator=generator) for generator in generators]).to(device)
-        chosen = choose(logits, s, uniform)
+        keys = torch.tensor([derive_seed(s.seed, first + row, n) for row in rows], device=device)
+        chosen = choose(logits, s, keys)
         if s.repetition_penalty != 1:
             seen.scatter_(1, chosen, True)
         drawn = chosen[:, 0].tolist()

@@ -14,6 +14,7 @@ References: Radford et al. 2019 (GPT-2), https://github.com/openai/gpt-2, and th
 import hashlib
 import json
 import math
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Sequence
@@ -277,10 +278,16 @@ class GPT(nn.Module):
             folder = _download(model_type)
         try:
             hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{folder} has no readable config.json, so it is no Hugging Face model: {error}") from None
         args = _config_from_hf(hf, folder)
         theirs = _tensors_of(folder)
+        for key, rows in (("wte.weight", args["vocab_size"]), ("wpe.weight", args["block_size"])):
+            shape = [rows, args["n_embd"]]  # before a model of that size is made
+            if key not in theirs or list(theirs[key].shape) != shape:
+                raise ValueError(f"{folder} lacks the tensor {key} of shape {shape}, expected by config.json")
+        if (last := f"h.{args['n_layer'] - 1}.ln_1.weight") not in theirs:
+            raise ValueError(f"{folder} lacks the tensor {last}, expected by config.json")
         if not args["bias"]:  # to_hf wrote zeros, which someone may have trained since
             args["bias"] = any(bool(v.any()) for k, v in theirs.items() if k.endswith(".bias") and v.dim() == 1)
         model = cls(GPTConfig(**(args | {"dropout": 0.0} | (override_args or {}))))
@@ -531,11 +538,13 @@ def _download(name: str) -> Path:
 
 def _config_from_hf(hf: dict, folder: Path) -> dict:
     activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-    act = activations.get(hf.get("activation_function", "gelu_new"))
+    hf = hf if isinstance(hf, dict) else {}
+    sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
     fits = (
         hf.get("model_type") == "gpt2"
-        and act
+        and str(hf.get("activation_function", "gelu_new")) in activations
         and hf.get("layer_norm_epsilon", 1e-5) == 1e-5
+        and all(type(hf.get(size, 1)) is int for size in sizes)
         and hf.get("n_inner") in (None, 4 * hf.get("n_embd", 0))
         and hf.get("scale_attn_weights", True)
         and not hf.get("scale_attn_by_inverse_layer_idx", False)
@@ -543,12 +552,11 @@ def _config_from_hf(hf: dict, folder: Path) -> dict:
     )
     if not fits:
         raise ValueError(f"{folder}/config.json does not describe GPT-2's architecture, the only one that is read here")
-    sizes = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size"}
-    more = {"act": act, "bias": hf.get("weigpt_bias") is not False}
-    try:
-        return {ours: hf[theirs] for ours, theirs in (sizes | {"block_size": "n_positions"}).items()} | more
-    except KeyError as missing:
-        raise ValueError(f"{folder}/config.json lacks {missing}") from None
+    if missing := [size for size in sizes if size not in hf]:
+        raise ValueError(f"{folder}/config.json lacks {', '.join(map(repr, missing))}")
+    act = activations[str(hf.get("activation_function", "gelu_new"))]
+    own = {"block_size" if size == "n_positions" else size: hf[size] for size in sizes}
+    return own | {"act": act, "bias": hf.get("weigpt_bias") is not False}
 
 
 def _tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -566,11 +574,16 @@ def _tensors_of(folder: Path) -> dict[str, torch.Tensor]:
                 from safetensors.torch import load_file
 
                 tensors = load_file(file)
-            theirs |= {k.removeprefix("transformer."): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+            tensors = {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+            if any(v.layout != torch.strided or v.is_quantized or v.is_meta for v in tensors.values()):
+                raise ValueError("it holds tensors without plain numbers")
+            theirs |= {k.removeprefix("transformer."): v for k, v in tensors.items()}
         except ImportError:
             raise ValueError(f"{file} needs a package: pip install safetensors") from None
         except Exception as error:  # the libraries raise many kinds, one of them private, for a damaged file
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to switch the guard off
+                reason = "it holds more than tensors and plain values, or is damaged; no code in it is run"
             raise ValueError(f"{file} cannot be read: {reason}") from None
     return theirs
 

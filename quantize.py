@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from configurator import UserError
 from model import GPT
 
+ROWS, SMALL = 16, 512
+
 
 class Int8Linear(nn.Module):
     """A Linear with int8 weights, in the layout that oneDNN wants; float32 in and out. Not for training."""
@@ -26,13 +28,20 @@ class Int8Linear(nn.Module):
         self.bias = torch.zeros(()) if linear.bias is None else linear.bias.detach().clone()
         quantized = (weight / self.scales[:, None]).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(quantized, None)
+        # for a few rows of a small matrix oneDNN has but a reference kernel, a hundred times as slow
+        self.rows = ROWS if min(weight.shape) < SMALL else 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(127)
         q = (x / scale).round_().to(torch.int8)
+        rows = q.numel() // q.size(-1)
+        if rows < self.rows:
+            q = F.pad(q.view(rows, -1), (0, 0, 0, self.rows - rows))
         y = torch.ops.onednn.qlinear_pointwise(
             q, 1.0, 0, self.weight, self.scales, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
+        if rows < self.rows:
+            y = y[:rows].view(*x.shape[:-1], -1)
         return torch.addcmul(self.bias, y, scale)
 
 

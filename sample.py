@@ -66,6 +66,11 @@ SEPARATOR = "---------------"
 COLOURS = ((0.7, 157), (0.3, 193), (0.1, 229), (0.01, 223), (0.0, 217))
 
 
+def check_stdin() -> None:
+    if sys.stdin is None:
+        raise UserError("stdin is closed, so there is nothing to read")
+
+
 def read_prompt(start: str) -> str:
     """The prompt itself, the text of the file that FILE:path names, or stdin's for -."""
     if start != "-" and not start.startswith("FILE:"):
@@ -73,7 +78,11 @@ def read_prompt(start: str) -> str:
     path = Path(start.removeprefix("FILE:"))
     name = "stdin" if start == "-" else f"FILE:{path}"
     try:
-        return (sys.stdin.buffer.read() if start == "-" else path.read_bytes()).decode("utf-8-sig")
+        if start != "-":
+            return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        check_stdin()
+        text = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
+        return text.removesuffix("\n")  # which `echo` adds
     except OSError as error:
         raise UserError(f"start={name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -153,8 +162,8 @@ def note_dropped(model: GPT, tokenizer: Tokenizer, prompt: str) -> None:
 def open_model(c: Config) -> tuple[GPT, Tokenizer, str]:
     """The model on its device, its tokenizer, and the layout of its dataset's documents or ''."""
     template = ""
-    if c.init_from == "resume":
-        path, state = checkpoint.best(c.out_dir)
+    if c.init_from == "resume" or checkpoint.is_checkpoint(c.init_from):
+        path, state = checkpoint.best(c.out_dir if c.init_from == "resume" else c.init_from)
         model, tokenizer = checkpoint.model_of(state, path), checkpoint.tokenizer_of(state, path)
         template = checkpoint.template_of(state)
     else:
@@ -173,7 +182,7 @@ def compiles(c: Config, model: GPT, ctx) -> bool:
         return False
 
     def probe() -> None:
-        rows = min(c.num_samples, c.batch_size)
+        rows = 1 if c.interactive else min(c.num_samples, c.batch_size)
         with ctx:
             decoder = Decoder(model, rows, model.config.block_size, compiled=True)
             decoder.prefill([[0]] * rows)
@@ -187,6 +196,8 @@ def compiles(c: Config, model: GPT, ctx) -> bool:
 def converse(text: str, begin: Callable[[str, int], Iterable[Piece]], shown: Shown) -> None:
     """What is typed is appended to the text, the model goes on from there, and again; `begin` gives the pieces of a
     text's continuation in this turn."""
+    check_stdin()
+    sys.stdin.reconfigure(errors="surrogateescape")  # what is no text in the terminal's encoding is told as that
     with suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones come back
     note("Type a beginning. Enter: the model goes on. /new: another text. Ctrl-C: end its turn. Ctrl-D: end.")
@@ -209,7 +220,7 @@ def converse(text: str, begin: Callable[[str, int], Iterable[Piece]], shown: Sho
             note(f"{error}")
 
 
-@memory_error_told()
+@memory_error_told("lower batch_size or max_new_tokens, take a smaller model, or --quantize=bf16")
 def main(c: Config) -> None:
     sampling = Sampling(**{field.name: getattr(c, field.name) for field in fields(Sampling)})
     for key in ("num_samples", "batch_size"):

@@ -128,12 +128,12 @@ def main(c: Config) -> None:
             for written in new.iterdir():
                 with written.open("rb+") as file:
                     os.fsync(file.fileno())
-            if dest.exists():
-                dest.rename(old)
             try:
+                if dest.exists():
+                    dest.rename(old)
                 new.rename(dest)
-            except OSError:
-                if old.exists():
+            except BaseException:  # Ctrl-C, too
+                if old.exists() and not dest.exists():
                     old.rename(dest)
                 raise
     parameters = model.get_num_params(non_embedding=False)

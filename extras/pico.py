@@ -111,18 +111,17 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import Config, UserError, configure, note, run, user_errors
 
-prompt = ""  # what is to be continued; <|endoftext|> is the special token; empty is the start of a new text
+prompt = ""  # what is to be continued (--prompt=... if it ends in .py); <|endoftext|> is the token; empty is a new text
 model = "gpt2"  # GPT-2's weights from the hub or its cache ('gpt2*'), or a folder in the Hugging Face layout
 max_new_tokens = 40  # tokens at most; an end-of-text token ends the text before
 trace = False  # print the shape and the norm of every stage in the first forward pass
 config = configure(globals(), positionals=("prompt",))
 
-from tokenizer import END_OF_TEXT, GPT2Tokenizer, check_text
+from tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer, check_text, hf_tokenizer
 
 GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ACTIVATIONS = {"gelu_new": gelu_new, "gelu_pytorch_tanh": gelu_new, "gelu": gelu}
@@ -250,42 +249,17 @@ def read_safetensors(path: Path) -> Arrays:
     return tensors
 
 
-class Tokens(NamedTuple):
-    """Text to ids and back."""
-
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]
-    n_vocab: int
-    end_of_text: int | None
-
-
-def read_tokens(folder: Path, c: dict[str, Any]) -> Tokens:
-    """The folder's tokenizer.json, else GPT-2's tokens. UserError where it is broken or does not fit the model."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        t = GPT2Tokenizer()
-        if c["vocab_size"] not in (t.vocab_size, 50304):  # or padded to a multiple of 64, as nanoGPT's are
+def read_tokens(folder: Path, c: dict[str, Any]) -> Tokenizer:
+    """The folder's tokenizer, else GPT-2's. UserError where it is broken or does not fit the model."""
+    tokenizer = hf_tokenizer(folder)
+    if tokenizer is None:
+        tokenizer = GPT2Tokenizer()
+        if c["vocab_size"] not in (tokenizer.vocab_size, 50304):  # or padded to a multiple of 64, as nanoGPT's are
             raise UserError(f"{folder} has no tokenizer.json, and its {c['vocab_size']} tokens are not GPT-2's")
-        return Tokens(lambda text: t.encode_prompt(text).tolist(), t.decode, t.vocab_size, t.end_of_text)
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise UserError(f"{path} needs a package: pip install tokenizers") from error
-    try:
-        t = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package has no kind of its own
-        raise UserError(f"{path} cannot be read: {error}") from error
-    n_vocab = 1 + max(t.get_vocab().values(), default=-1)
-    if n_vocab > c["vocab_size"]:
-        raise UserError(f"{path} has {n_vocab} tokens, but by config.json the model knows {c['vocab_size']}")
-    end_of_text = t.token_to_id(END_OF_TEXT)
-    end_of_text = c.get("eos_token_id") if end_of_text is None else end_of_text
-    return Tokens(
-        encode=lambda text: t.encode(text, add_special_tokens=False).ids,
-        decode=lambda ids: t.decode(ids, skip_special_tokens=False),
-        n_vocab=n_vocab,
-        end_of_text=end_of_text if type(end_of_text) is int and 0 <= end_of_text < n_vocab else None,
-    )
+    if tokenizer.vocab_size > c["vocab_size"]:
+        known = f"by config.json the model knows {c['vocab_size']}"
+        raise UserError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but {known}")
+    return tokenizer
 
 
 def main(c: Config) -> None:
@@ -297,7 +271,7 @@ def main(c: Config) -> None:
     tokens, params, settings = read_tokens(folder, hf), read_params(folder, hf), settings_of(hf)
     if not c.prompt and tokens.end_of_text is None:
         raise UserError(f"an empty prompt needs a vocabulary with {END_OF_TEXT}, which {folder} lacks: give a prompt")
-    ids = tokens.encode(c.prompt) if c.prompt else [tokens.end_of_text]
+    ids = tokens.encode_prompt(c.prompt).tolist() if c.prompt else [tokens.end_of_text]
     if not ids:
         raise UserError(f"the prompt {c.prompt!r} has no tokens in {folder}'s vocabulary: give another")
     if len(ids) > hf["n_positions"]:
@@ -307,7 +281,7 @@ def main(c: Config) -> None:
         gpt2(ids[-hf["n_positions"] :], params, **settings, trace=stages)
         for name, x in stages.items():
             print(f"{name:<12} {str(list(x.shape)):<14} norm {np.linalg.norm(x.astype(np.float64)):.6g}")
-    ids = generate(ids, params, c.max_new_tokens, stop=tokens.end_of_text, n_vocab=tokens.n_vocab, **settings)
+    ids = generate(ids, params, c.max_new_tokens, stop=tokens.end_of_text, n_vocab=tokens.vocab_size, **settings)
     print(tokens.decode(ids if c.prompt else ids[1:]))
 
 

@@ -29,6 +29,16 @@ def test_generation_is_measured_beside_its_limits_and_peers(more, tmp_path):
     assert figures["config"]["what"] == "generate" and figures["torch"]
 
 
+def test_without_a_datasets_validation_split_there_is_no_perplexity(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=64, vocab_size=100)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
+    asked = ["generate", "--device=cpu", "--init_from=hf", "--quantize=bf16", "--num_rounds=1", "--batch_size=1"]
+    done = run_script("bench.py", *asked, "--json", cwd=tmp_path)
+    assert done.returncode == 0 and "no perplexity" in done.stderr, done.stderr
+    assert "perplexity" not in json.loads(done.stdout)
+
+
 @pytest.mark.parametrize(
     "wrong, words",
     [
@@ -36,6 +46,8 @@ def test_generation_is_measured_beside_its_limits_and_peers(more, tmp_path):
         (["generate", "--num_rounds=0"], "num_rounds=0"),
         (["generate", "--nanogpt=nowhere"], "no model.py"),
         (["generate", "--quantize=int1"], "int8, bf16"),
+        (["generate", "--block_size=1"], "block_size must be at least 2"),
+        (["generate", "--vocab_size=1000001"], "vocab_size at most a million"),
         (["generate", "--init_from=./nowhere"], "no folder ./nowhere"),
     ],
 )

@@ -283,3 +283,30 @@ def test_model_args_are_nanogpts_unless_the_architecture_is_not():
     nanogpt = ["n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"]
     assert list(GPTConfig().model_args()) == nanogpt
     assert GPTConfig(act="gelu_tanh").model_args()["act"] == "gelu_tanh"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "null", "3", "[" * 100_000, {"activation_function": ["gelu"]}, {"n_embd": None}, {"n_embd": {}},
+     {"n_layer": "2"}, {"n_layer": 2.0}, {"vocab_size": True}, {"vocab_size": 10**15}, {"n_positions": 10**9},
+     {"n_layer": 10**7}, {"n_head": 0}],
+)  # fmt: skip
+def test_a_config_that_makes_no_sense_is_refused_before_a_model_of_that_size_is_made(tmp_path, content):
+    hf_folder(tmp_path)
+    path = tmp_path / "config.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text(encoding="utf-8")) | content)
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="config.json|n_head"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_a_bin_file_with_code_or_without_numbers_is_refused(tmp_path):
+    theirs = hf_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = theirs.state_dict()
+    for value in (state["transformer.ln_f.weight"].to("meta"), state["transformer.ln_f.weight"].to_sparse(), print):
+        torch.save(state | {"transformer.ln_f.weight": value}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="without plain numbers|no code in it is run") as error:
+            GPT.from_pretrained(str(tmp_path))
+        assert "weights_only" not in str(error.value)

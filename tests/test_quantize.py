@@ -6,7 +6,7 @@ from conftest import TINY, run_script
 
 from configurator import UserError
 from model import GPT, Decoder, GPTConfig
-from quantize import check_quantize, quantize
+from quantize import Int8Linear, check_quantize, quantize
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")
 KINDS = [pytest.param("int8", marks=needs_onednn), "bf16"]
@@ -37,6 +37,21 @@ def test_a_quantized_matrix_is_close_to_the_products_of_its_rounded_numbers(kind
     assert got.shape == expected.shape and got.dtype == torch.float32
     tolerance = 1e-4 if kind == "int8" else 2e-2  # bfloat16 results have 8 bits
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@needs_onednn
+@torch.no_grad()
+def test_int8_rows_of_small_matrices_are_padded_and_of_any_number_the_same():
+    """Few rows of a small matrix would find only a reference kernel: they take the way of sixteen."""
+    torch.manual_seed(1)
+    for n_in, n_out in ((32, 96), (512, 512), (128, 700)):
+        linear = torch.nn.Linear(n_in, n_out)
+        x, small = torch.randn(40, n_in), Int8Linear(linear)
+        assert (small.rows == 1) == (min(n_in, n_out) >= 512)
+        whole = small(x)
+        for rows in (1, 3, 15, 16, 17):
+            assert torch.equal(small(x[:rows, None])[:, 0], whole[:rows])
+        assert small(x[:6].view(2, 3, -1)).shape == (2, 3, n_out)
 
 
 @pytest.mark.parametrize("kind", KINDS)
