@@ -74,7 +74,7 @@ def compared(c: Config, plain: GPT, model: GPT, ctx, batch_size: int, prompt: in
     layers = [layer for name, layer in model.named_modules() if name.endswith(LAYERS)]
     widths = [layer.in_features for name, layer in plain.named_modules() if name.endswith(LAYERS)]
     vectors = {width: torch.randn(batch_size, 1, width, device=device) for width in widths}
-    products = [bare(layer, few_rows=device.type == "cpu" and batch_size > 3) for layer in layers]
+    products = [bare(layer, on_cpu=device.type == "cpu" and c.dtype == "float32") for layer in layers]
     narrow = {"int8": 1, "bf16": 2}.get(c.quantize, 4 if c.dtype == "float32" else 2)  # bytes of a weight
     n = sum(layer.weight.numel() for name, layer in plain.named_modules() if name.endswith(LAYERS))
     buffer = torch.ones(n * narrow // 4, device=device)

@@ -12,7 +12,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from math import inf, log
+from math import inf, isfinite, log
 
 import torch
 
@@ -21,6 +21,7 @@ from model import GPT, Decoder, derive_seed
 from tokenizer import Tokenizer
 
 GAMMA, MIX_1, MIX_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # SplitMix64's
+STEP = 0xD1342543DE82EF95  # odd, and unrelated to GAMMA: a token's number moves the key, an id the place
 CANDIDATES = 1000  # the likeliest tokens nearly always hold top_p of the mass, and finding them is cheaper than sorting
 
 
@@ -118,27 +119,32 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 def draw(probs: torch.Tensor, keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Places [rows, 1] drawn from `probs` [rows, n] of the tokens `ids`, [rows, n] or [n], by the rows' `keys` [rows].
 
-    Each token has an exponential number E of its own, made of (key, id) by SplitMix64 (Steele et al. 2014), and the
-    largest probability / E wins. A rounding of the probabilities changes that only where two are as good as equal,
-    whereas an inverse cumulative distribution has an edge for every token that can move across the number drawn.
+    Each token has an exponential number of its own, -log(u), with u made of (key, id) by SplitMix64 (Steele et al.
+    2014), and the smallest -log(u) / probability wins. A rounding of the probabilities changes that only where two are
+    as good as equal, whereas an inverse cumulative distribution has an edge for every token that can move across the
+    number drawn.
     """
-    x = keys[:, None] + (ids + 1) * GAMMA  # [rows, n] int64, which wraps around as unsigned numbers do
+    x = keys[:, None] + ids * GAMMA  # [rows, n] int64, which wraps around as unsigned numbers do
     x = (x ^ (x >> 30 & 2**34 - 1)) * MIX_1
     x = (x ^ (x >> 27 & 2**37 - 1)) * MIX_2
     x = x ^ (x >> 31 & 2**33 - 1)
-    uniform = ((x >> 11 & 2**53 - 1).float() + 0.5) * 2.0**-53  # above 0; floats are finest where it matters, near 0
-    return (probs / -torch.log1p(-uniform.clamp(max=1 - 2**-24))).argmax(-1, keepdim=True)
+    u = ((x >> 12 & 2**52 - 1).double() + 0.5) * 2.0**-52  # never 0 nor 1
+    return (u.log() / probs).argmax(-1, keepdim=True)
 
 
 @torch.inference_mode()
 def choose(logits: torch.Tensor, s: Sampling, keys: torch.Tensor) -> torch.Tensor:
     """The next ids [rows, 1] from logits [rows, vocab_size] and a random number a row, `keys` [rows] int64."""
-    if s.temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    ids = torch.arange(logits.size(-1), device=logits.device)
-    if s.top_k:  # before the temperature, which changes no order: what follows then has k numbers a row to do with
+    ids = None
+    if s.top_k and s.temperature:  # first of all, so that what follows has k numbers a row to do with
         logits, ids = keep_top_k(logits, s.top_k)
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(s.temperature, 1e-20)
+    largest, at = logits.max(-1, keepdim=True)
+    if not isfinite(largest.sum().item()):
+        raise UserError("the model's logits are not finite numbers: its training diverged, or dtype is too narrow")
+    if s.temperature == 0:
+        return at
+    ids = torch.arange(logits.size(-1), device=logits.device) if ids is None else ids
+    logits = (logits - largest) / max(s.temperature, 1e-20)
     if s.top_p < 1:
         logits = keep_top_p(logits, s.top_p)
     if s.min_p > 0:
@@ -210,27 +216,23 @@ def stream(
         return
     decoder = Decoder(model, len(ids), max(map(len, ids)) + s.limit, compiled)
     logits = decoder.prefill(ids)
-    device = logits.device
-    forbidden = torch.arange(logits.size(-1), device=device) >= tokenizer.vocab_size  # [vocab_size]
-    if tokenizer.unknown_id is not None:
-        forbidden[tokenizer.unknown_id] = True
-    some_forbidden = bool(forbidden.any())
-    seen = torch.zeros(len(ids), logits.size(-1), dtype=torch.bool, device=device)
+    device = logits.device if logits.device.type != "mps" else torch.device("cpu")
+    keys = torch.tensor([derive_seed(s.seed, first + row) for row in rows], device=device)
+    unknown = None if tokenizer.unknown_id is None else torch.tensor([tokenizer.unknown_id], device=device)
+    seen = torch.zeros(len(ids), tokenizer.vocab_size, dtype=torch.bool, device=device)
     if s.repetition_penalty != 1:
         for row in rows:
             seen[row, ids[row]] = True
     writers = [Writer(tokenizer, s) for _ in rows]
     waiting: list[list[Token]] = [[] for _ in rows]
     for n in count():
-        logits = raw = logits.float()
-        if not logits.sum().isfinite():
-            raise UserError("the model's logits are not finite numbers: its training diverged, or dtype is too narrow")
-        if some_forbidden:
-            logits = logits.masked_fill(forbidden, -inf)
+        raw = logits.float() if logits.device.type != "mps" else logits.float().cpu()  # Metal has no float64
+        logits = raw[:, : tokenizer.vocab_size]  # what a model's vocabulary is padded with has no text
+        if unknown is not None:
+            logits = logits.index_fill(1, unknown, -inf)
         if s.repetition_penalty != 1:
             logits = penalize(logits, seen, s.repetition_penalty)
-        keys = torch.tensor([derive_seed(s.seed, first + row, n) for row in rows], device=device)
-        chosen = choose(logits, s, keys)
+        chosen = choose(logits, s, keys + (n * STEP % 2**64 - 2**63))
         if s.repetition_penalty != 1:
             seen.scatter_(1, chosen, True)
         drawn = chosen[:, 0].tolist()

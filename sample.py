@@ -26,7 +26,7 @@ top_k = 200  # only the k likeliest tokens may come; 0 for all
 top_p = 1.0  # only the likeliest tokens that together have this probability, above 0; 1 for all
 min_p = 0.0  # only tokens at least this fraction as likely as the likeliest, 0 to 1; 0 for all
 repetition_penalty = 1.0  # above 1, what the text has had already becomes less likely; 1 for no difference
-seed = 1337  # the same seed, the same samples, however many are drawn together
+seed = 1337  # the same seed, the same samples, however many are drawn together (but for bfloat16's rounding)
 # Where a text ends
 stop = []  # text that ends a sample and is not printed (several: --stop=A --stop=B); if it never comes, the length does
 stop_at_sentence = False  # past max_new_tokens, go on to the next of stop_chars, at most to twice the length
@@ -37,10 +37,10 @@ interactive = False  # write together: what you type is continued, and then you 
 show_probs = False  # colour each token by how probable the model thought it
 # How it is computed
 batch_size = 32  # samples drawn together at most; fewer need less memory and are the same
-quantize = ""  # 'int8' (CPUs) or 'bf16': a quarter or half of the weights to read for a token; nearly the same text
+quantize = ""  # 'int8' (CPUs) or 'bf16': a quarter or half of the bytes to read for a token; for large models
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16'; float32 where quantize is set
-compile = False  # torch.compile of the one-token pass; pays on a GPU, for long texts
+compile = False  # torch.compile of the one-token pass; not measured on a GPU yet, does not pay on a CPU
 config = configure(globals())
 
 import sys
