@@ -477,8 +477,9 @@ def _remember_at(position: int) -> Callable:
     position, and gives those up to there."""
 
     def remember(keys, values, k, v):
-        keys[:, :, position : position + 1], values[:, :, position : position + 1] = k, v
-        return keys[:, :, : position + 1], values[:, :, : position + 1], None
+        keys.narrow(2, position, 1).copy_(k)  # narrow() is sooner done than the same with brackets
+        values.narrow(2, position, 1).copy_(v)
+        return keys.narrow(2, 0, position + 1), values.narrow(2, 0, position + 1), None
 
     return remember
 

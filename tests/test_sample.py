@@ -179,13 +179,18 @@ def test_help_writes_down_what_odd_values_do():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX terminal")
-def test_on_a_terminal_text_comes_while_it_is_written_and_ctrl_c_ends_it(run_folder):
+def test_on_a_terminal_text_comes_while_it_is_written_and_ctrl_c_ends_it(tmp_path):
     """Through a pseudo-terminal: pieces arrive one by one; in a conversation Ctrl-C ends the model's turn alone."""
     import pty
 
+    (tmp_path / "text.txt").write_text("大小天地玄黄宇宙洪荒" * 60, encoding="utf-8")
+    endless = ["--input=text.txt", "--dest=d", "--byte_fallback=False"]  # a vocabulary without end of text
+    assert run_script("data/chinese/prepare.py", *endless, cwd=tmp_path).returncode == 0
+    done = run_script("train.py", *TINY_ARGS, "--dataset=d", "--max_iters=2", "--sample_interval=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     ours, theirs = pty.openpty()
     command = [sys.executable, str(ROOT / "sample.py"), OUT, "--interactive", "--max_new_tokens=1000000"]
-    process = subprocess.Popen(command, cwd=run_folder, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL,
+    process = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL,
                                env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
 
     def read_until(done) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from configurator import UserError, configure
 from model import GPT, GPTConfig
 from run_dir import RunDir
 
-SLOWLY = ["--sample_interval=1", "--sample_tokens=60"]  # so that a signal comes before the end; changes no figure
+SLOWLY = ["--sample_interval=1", "--sample_tokens=300"]  # so that a signal comes before the end; changes no figure
 RUN = ["--dropout=0.1", "--gradient_accumulation_steps=4", "--max_iters=30", "--lr_decay_iters=30", "--log_interval=1"]
 
 
