@@ -15,6 +15,7 @@ import pickle
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from configurator import UserError, user_errors
 
 END_OF_TEXT = "<|endoftext|>"
 CODE_POINTS = 0x110000
+FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")  # of a dataset, in the order in which they are replaced
 GPT2_FILES = {  # what tiktoken looks for in TIKTOKEN_CACHE_DIR (the SHA-1 of the address), and where it is from
     "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
@@ -58,6 +60,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """The text's ids, [tokens] of `dtype`. UserError where the text cannot be expressed."""
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text."""
+        return [self.encode(text) for text in texts]
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -459,6 +465,7 @@ def tokenizer_from_meta(meta: dict[str, Any], where: str) -> Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a dataset folder: meta.json, else nanoGPT's meta.pkl, else GPT-2's. UserError where broken."""
     folder = Path(folder)
+    settle(folder)
     if not folder.is_dir():
         raise UserError(f"no dataset folder {folder}: give a folder that a prepare.py has filled")
     if (folder / "meta.json").exists():
@@ -470,8 +477,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return GPT2Tokenizer()
 
 
+def settle(folder: str | Path) -> None:
+    """Ends what a killed prepare.py had begun: a new dataset that is whole, which meta.json.new says, takes the old
+    one's place. UserError where the folder cannot be written to."""
+    folder = Path(folder)
+    if not (folder / "meta.json.new").exists():
+        return
+    with user_errors(OSError, about=f"the dataset {folder} cannot be put in order"):
+        for name in FILES:
+            with suppress(FileNotFoundError):
+                os.replace(folder / f"{name}.new", folder / name)
+        (folder / "meta.pkl").unlink(missing_ok=True)
+
+
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """A dataset folder's meta.json, {} where there is none. UserError where it is no JSON object."""
+    settle(folder)
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))

@@ -1,30 +1,38 @@
-"""Text files into train.bin, val.bin and meta.json, in bounded memory.
+"""Documents into train.bin, val.bin and meta.json, in bounded memory.
 
 Notable choices:
-- Everything is read twice in pieces: once to count characters (the vocabulary, the split), once to encode and write.
-- One file is one text: nanoGPT's cut, nothing added, so the .bin files are byte for byte nanoGPT's. The documents of
-  a folder, or of several files, are each followed by <|endoftext|>, and the split falls between them.
-- GPT-2's BPE is only ever cut where its pre-tokenizer cuts too, so the pieces' ids are the whole text's ids.
-- The new files are written beside the old ones and replace them when all are whole and read back as the text.
+- Everything is read twice in pieces: once to survey it (which documents are kept, which are for validation, which
+  characters there are), once to encode and write. In between, a byte is kept for each document, and nothing of it.
+- One file is one text: nanoGPT's cut, nothing added, so the .bin files are byte for byte nanoGPT's. Documents are each
+  followed by <|endoftext|>, and the hash of its text says whether one is for validation: it stays there whatever is
+  added to the corpus.
+- A BPE is only ever cut where its pre-tokenizer cuts too, so the pieces' ids are the whole text's ids.
 """
 
-import codecs
 import hashlib
 import http.client
-import io
-import json
+import importlib.util
+import multiprocessing
 import os
+import signal
 import sys
 import urllib.request
+from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from configurator import Config, UserError, user_errors
+from documents import FORMATS, NORMALIZE, Found, Source, normalizer, template_of
+from reading import check_encoding, files_in
 from tokenizer import (
     CODE_POINTS,
     CharTokenizer,
@@ -32,128 +40,46 @@ from tokenizer import (
     Tokenizer,
     code_points,
     hf_tokenizer,
+    last_cut,
     load_tokenizer,
 )
+from writing import SPLITS, DatasetWriter, end_text, progress_bar
 
-CHUNK = 2**20  # bytes read at once, and characters counted and checked at once
-SPLITS = ("train", "val")
+CHUNK = 2**20  # characters counted, encoded and checked at once
+LEFT_OUT = len(SPLITS)  # the fate of a document that is in neither
+BPE_SAMPLE = 50_000_000  # characters that a BPE is trained on, evenly taken from a larger text
+DEFAULTS = {  # what a prepare.py that lacks a setting means
+    "input": [], "val_input": [], "encoding": "auto", "errors": "stop", "normalize": "none", "format": "auto",
+    "fields": "", "template": "", "min_star": 0.0, "max_bad": "0.1%", "document": "auto", "dedup": False,
+    "min_chars": 1, "val_fraction": 0.1, "tokenizer": "char", "vocab_size": 8192, "byte_fallback": True,
+    "min_count": 1, "num_proc": 1, "dest": "",
+}  # fmt: skip
 TINY_SHAKESPEARE = (  # its address and its SHA-256
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a text comes from. `mode`: "text" (one file, one text), "files" (each file is a document) or "blank" (blank
-    lines stand between documents). `template`: how the documents are laid out, for meta.json."""
-
-    files: tuple[Path, ...]
-    encoding: str = "utf-8"
-    mode: str = "text"
-    template: str = ""
-
-    def read(self, progress: Callable[[int], Any] = lambda size: None) -> Iterator[str | None]:
-        """The text in pieces that are not empty; None after each document, save in mode "text"."""
-        if self.mode == "blank":
-            yield from _blank_line_documents(self._pieces(self.files[0], progress))
-            return
-        for path in self.files:
-            pieces = self._pieces(path, progress)
-            if self.mode == "text":
-                yield from pieces
-            else:
-                yield from _document(pieces)
-
-    def _pieces(self, path: Path, progress: Callable[[int], Any]) -> Iterator[str]:
-        return read_text(path, self.encoding, progress)
-
-
-def open_inputs(inputs: list[str], encoding: str) -> Source:
-    """A Source of files and of folders' .txt files. UserError where there are none."""
-    try:
-        codecs.lookup(encoding)
-        "a".encode(encoding)
-    except (LookupError, UnicodeError) as error:
-        raise UserError(f"--encoding={encoding}: no such text encoding; try utf-8, gb18030, big5 or utf-16") from error
-    files = files_in(inputs, (".txt",))
-    lone = len(files) == 1 and not Path(inputs[0]).is_dir()
-    return Source(tuple(files), encoding, "text" if lone else "files")
-
-
-def files_in(inputs: list[str], suffixes: tuple[str, ...]) -> list[Path]:
-    """The files among `inputs`, and the folders' files with these suffixes, at any depth, sorted, none hidden."""
-    files: list[Path] = []
-    for name in inputs:
-        if not name:
-            raise UserError("--input= is empty: expected a file or a folder")
-        path = Path(name)
-        if path.is_dir():
-            found = [p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file() and p.name[0] != "."]
-            if not found:
-                raise UserError(f"--input={name}: there is no {' or '.join(suffixes)} file in this folder or below")
-            files += sorted(found, key=lambda p: p.relative_to(path).as_posix())
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"--input={name}: there is no such file or folder")
-    return files
-
-
-def read_text(path: Path, encoding: str, progress: Callable[[int], Any] = lambda size: None) -> Iterator[str]:
-    """The file's text in pieces, line ends as \\n, without a byte order mark. UserError where it cannot be decoded.
-
-    `progress` is called with the number of bytes of each piece.
-    """
-    if codecs.lookup(encoding).name == "utf-8":
-        encoding = "utf-8-sig"
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=True)
-    read = 0
-    try:
-        with path.open("rb") as file:
-            while True:
-                data = file.read(CHUNK)
-                read += len(data)
-                text = decoder.decode(data, final=not data)
-                if text:
-                    yield text
-                if not data:
-                    return
-                progress(len(data))
-    except UnicodeDecodeError as error:
-        at = read - len(error.object) + error.start
-        wrong = error.object[error.start : max(error.end, error.start + 4)].hex(" ")
-        others = [e for e in ("utf-8", "gb18030", "big5", "utf-16") if codecs.lookup(e) != codecs.lookup(encoding)]
-        remedy = ", ".join(f"--encoding={e}" for e in others if not (e == "utf-8" and encoding == "utf-8-sig"))
-        name = encoding.removesuffix("-sig")
-        raise UserError(
-            f"{path} is not {name}: byte {at:,} and what follows ({wrong}) cannot be decoded; name the file's encoding "
-            f"({remedy}), or save it as UTF-8"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _document(pieces: Iterable[str]) -> Iterator[str | None]:
-    """One document without its trailing newlines, then None; nothing at all where nothing is left."""
-    newlines, empty = "", True
-    for piece in pieces:
-        body = piece.rstrip("\n")
-        if body:
-            yield newlines + body
-            newlines, empty = "", False
-        newlines += piece[len(body) :]
-    if not empty:
-        yield None
-
-
-def _blank_line_documents(pieces: Iterable[str]) -> Iterator[str | None]:
-    rest = ""
-    for piece in pieces:
-        *documents, rest = (rest + piece).split("\n\n")
-        for document in documents:
-            yield from _document([document.strip("\n")] if document else [])
-    yield from _document([rest.strip("\n")])
+def open_source(inputs: list[str], config: Config) -> Source:
+    """What the settings of a prepare.py say about reading `inputs`. UserError where they make no sense."""
+    o = Config(**(DEFAULTS | vars(config)))
+    check_encoding(o.encoding)
+    for key, known in (("errors", ("stop", "skip")), ("format", FORMATS),
+                       ("document", ("auto", "text", "file", "blank", "line"))):  # fmt: skip
+        if getattr(o, key) not in known:
+            raise UserError(f"--{key}={getattr(o, key)}: expected {', '.join(known)}")
+    steps = tuple(step.strip() for step in o.normalize.split(",") if step.strip() not in ("", "none"))
+    if wrong := [step for step in steps if step not in NORMALIZE]:
+        raise UserError(f"--normalize={wrong[0]}: expected {', '.join(NORMALIZE)}, or several with commas, or none")
+    normalizer(steps)  # which needs its packages now, not after an hour
+    fields = tuple(name.strip() for name in o.fields.split(",") if name.strip())
+    if fields or o.template:
+        fields = template_of(list(fields), o.template).fields
+    files = tuple(files_in(inputs))
+    document = o.document
+    if document == "auto":
+        document = "text" if len(files) == 1 and not Path(inputs[0]).is_dir() else "file"
+    return Source(files, document, o.format, fields, o.template, o.encoding, o.errors, steps, o.min_star)
 
 
 class CharacterCounts:
@@ -175,6 +101,10 @@ class CharacterCounts:
         self._counts[: len(found)] += found
         self._waiting, self._size = [], 0
 
+    def merge(self, others: "CharacterCounts") -> None:
+        others._count()
+        self._counts += others._counts
+
     def characters(self, min_count: int = 1) -> dict[str, int]:
         """The characters that occur at least `min_count` times and how often, in code-point order."""
         if self._waiting:
@@ -189,8 +119,8 @@ class CharacterCounts:
 
 
 def choose_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer that --tokenizer names; None for "char", which is made from the text. UserError where not found."""
-    if name == "char":
+    """The tokenizer that --tokenizer names; None for "char" and "bpe", made of the text. UserError where not found."""
+    if name in ("char", "bpe"):
         return None
     if name == "gpt2":
         return GPT2Tokenizer()
@@ -205,24 +135,32 @@ def choose_tokenizer(name: str) -> Tokenizer | None:
     if tokenizer := hf_tokenizer(path):
         return tokenizer
     raise UserError(
-        f"--tokenizer={name}: expected char, gpt2, or the path of a dataset folder, an out_dir, a .pt file or a "
+        f"--tokenizer={name}: expected char, bpe, gpt2, or the path of a dataset folder, an out_dir, a .pt file or a "
         "Hugging Face folder whose vocabulary is to be used again, and there is none of these"
     )
 
 
-def check_options(tokenizer: Tokenizer | None, val_fraction: float, min_count: int, byte_fallback: bool) -> None:
-    """UserError for settings that make no sense, before any work. `tokenizer` is what choose_tokenizer gave."""
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: expected a part of the text between 0 and 1, such as 0.1")
-    if min_count < 1:
-        raise UserError(f"--min_count={min_count}: expected 1 (every character has its own token) or more")
-    if min_count > 1 and (tokenizer is not None or not byte_fallback):
-        raise UserError(f"--min_count={min_count} needs --tokenizer=char and --byte_fallback=True, for the rarer ones")
-
-
-def end_text(tokenizer: Tokenizer) -> str:
-    """The text of its end-of-text token: <|endoftext|>, but for some of Hugging Face's; empty where it has none."""
-    return "" if tokenizer.end_of_text is None else tokenizer.decode([tokenizer.end_of_text])
+def check_options(config: Config) -> Tokenizer | None:
+    """What choose_tokenizer gives, ready to encode. UserError, before any work, for settings that make no sense."""
+    o = Config(**(DEFAULTS | vars(config)))
+    chosen = choose_tokenizer(o.tokenizer)
+    if not 0 < o.val_fraction < 1:
+        raise UserError(f"--val_fraction={o.val_fraction}: expected a part of the text between 0 and 1, such as 0.1")
+    for key in ("min_count", "min_chars", "num_proc"):
+        if getattr(o, key) < 1:
+            raise UserError(f"--{key}={getattr(o, key)}: expected 1 or more")
+    if o.min_count > 1 and (o.tokenizer != "char" or not o.byte_fallback):
+        raise UserError(
+            f"--min_count={o.min_count} needs --tokenizer=char and --byte_fallback=True, for the rarer ones"
+        )
+    if o.tokenizer == "bpe" and not 257 < o.vocab_size <= 2**24:
+        raise UserError(f"--vocab_size={o.vocab_size}: expected more than 257 (the bytes and <|endoftext|>)")
+    share_of(o.max_bad)
+    if o.tokenizer == "bpe" and importlib.util.find_spec("tokenizers") is None:
+        raise UserError("--tokenizer=bpe needs a package: pip install tokenizers")
+    if chosen is not None:
+        chosen.encode("")  # which needs its library and its files now, not after an hour
+    return chosen
 
 
 def char_tokenizer(counts: CharacterCounts, min_count: int, byte_fallback: bool, end_of_text: bool) -> CharTokenizer:
@@ -230,239 +168,344 @@ def char_tokenizer(counts: CharacterCounts, min_count: int, byte_fallback: bool,
     return CharTokenizer("".join(counts.characters(min_count)), byte_fallback, end_of_text)
 
 
-def prepare(source: Source, config: Config, here: Path) -> dict[str, Any]:
+@dataclass
+class Survey:
+    """What the first reading tells. Pairs are (for training, for validation)."""
+
+    found: Found = field(default_factory=Found)
+    counts: CharacterCounts = field(default_factory=CharacterCounts)
+    documents: list[int] = field(default_factory=lambda: [0, 0])
+    characters: list[int] = field(default_factory=lambda: [0, 0])
+    fates: bytearray = field(default_factory=bytearray)  # for each document, the number of its split, or LEFT_OUT
+    left_out: Counter = field(default_factory=Counter)  # how many documents, by reason
+    cut: int | None = None  # where the one text there is is cut, in characters
+
+
+def survey(sources: list[Source], o: Config, ended: bool, progress: Callable[[int], Any]) -> Survey:
+    """Reads it all once. One source is split, of two the second is for validation. UserError where nothing is left."""
+    s = Survey()
+    if ended:
+        _survey_documents(s, sources, o, progress)
+    else:
+        for part, source in enumerate(sources):
+            for piece in source.read(progress, s.found):
+                if source.errors == "skip" and "\udcff" in piece:
+                    raise UserError(
+                        f"{source.files[0]} is one text with bytes that cannot be decoded, and nothing would be left "
+                        "without it: make documents of it with --document=line or --document=blank"
+                    )
+                s.counts.add(piece)
+                s.characters[part] += len(piece)
+        s.documents = [1, len(sources) - 1]
+    allowed = share_of(o.max_bad)
+    if s.found.malformed > (max(1, allowed * s.found.records) if allowed else 0):  # a small file may have one
+        raise UserError(
+            f"{s.found.malformed:,} of {s.found.records:,} records are malformed, more than --max_bad={o.max_bad}: "
+            "mend them, or allow more"
+        )
+    named = str(sources[0].files[0]) if len(sources[0].files) == 1 else f"these {len(sources[0].files)} files"
+    if not sum(s.characters):
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in s.left_out.items())
+        raise UserError(f"{named}: there is no text in it" + (f"; left out: {reasons}" if reasons else ""))
+    if len(sources) == 1 and sum(s.documents) == 1:
+        size = sum(s.characters)
+        s.cut = int(size * (1 - o.val_fraction))
+        if not 0 < s.cut < size:
+            raise UserError(
+                f"{named}: {size} characters are too few to split with --val_fraction={o.val_fraction}; give more text"
+            )
+        s.documents, s.characters = [1, 0], [s.cut, size - s.cut]
+    elif not all(s.characters):
+        raise UserError(f"--{'val_' if s.characters[0] else ''}input: nothing is left of it")
+    return s
+
+
+def _survey_documents(s: Survey, sources: list[Source], o: Config, progress: Callable[[int], Any]) -> None:
+    seen, kept = Seen(), []  # (hash, number, characters) of the documents with the lowest and the highest hash
+    for part, source in enumerate(sources):
+        document = Document()
+        for piece in source.read(progress, s.found):
+            if piece is not None:
+                document.add(piece)
+                continue
+            if not document.size:
+                continue
+            number = document.number()
+            split = part if len(sources) > 1 else int(number < o.val_fraction * 2**64)
+            reason = _reason_to_leave_out(document, seen, o)
+            if reason:
+                s.left_out[reason] += 1
+                split = LEFT_OUT
+            else:
+                this = (number, len(s.fates), document.size)
+                kept = [min(*kept, this), max(*kept, this)] if kept else [this, this]
+                s.documents[split] += 1
+                s.characters[split] += document.size
+                document.count(s.counts)
+            s.fates.append(split)
+            document = Document()
+    if len(sources) == 1 and sum(s.documents) > 1 and not all(s.documents):
+        to = s.documents.index(0)  # too few documents for this fraction: the nearest one makes a split of its own
+        _, number, size = kept[1 - to]
+        s.fates[number] = to
+        for pair, amount in ((s.documents, 1), (s.characters, size)):
+            pair[to], pair[1 - to] = amount, pair[1 - to] - amount
+
+
+def _reason_to_leave_out(document: "Document", seen: "Seen", o: Config) -> str:
+    if document.undecodable:
+        return "not decodable"
+    if document.size < o.min_chars:
+        return f"shorter than {o.min_chars} characters"
+    return "seen before" if o.dedup and not seen.add(document.number()) else ""
+
+
+class Document:
+    """A document as it is read: its hash, its size, its characters."""
+
+    def __init__(self) -> None:
+        self.size, self.undecodable = 0, False
+        self._hash = hashlib.blake2b(digest_size=8)
+        self._texts: list[str] = []
+        self._counts: CharacterCounts | None = None  # of a long one, whose text is not kept
+
+    def add(self, piece: str) -> None:
+        self.size += len(piece)
+        try:
+            self._hash.update(piece.encode("utf-8"))
+        except UnicodeEncodeError:  # bytes that could not be decoded
+            self.undecodable = True
+            return
+        self._texts.append(piece)
+        if self.size > CHUNK and len(self._texts) > 1:
+            self._counts = self._counts or CharacterCounts()
+            self.count(self._counts)
+            self._texts = []
+
+    def number(self) -> int:
+        """A number from 0 to 2**64 - 1 that is the same for the same text."""
+        return int.from_bytes(self._hash.digest(), "little")
+
+    def count(self, counts: CharacterCounts) -> None:
+        """Adds its characters to the counts."""
+        for text in self._texts:
+            counts.add(text)
+        if self._counts is not None and self._counts is not counts:
+            counts.merge(self._counts)
+
+
+class Seen:
+    """A set of 64-bit numbers in 8 to 32 bytes each, where Python's own takes a hundred."""
+
+    def __init__(self) -> None:
+        self._table, self._count = array("Q", bytes(8 * 1024)), 0  # open addressing; 0 is an empty place
+
+    def add(self, number: int) -> bool:
+        """Whether it is new."""
+        number = number or 1
+        mask = len(self._table) - 1
+        at = number & mask
+        while found := self._table[at]:
+            if found == number:
+                return False
+            at = (at + 1) & mask
+        self._table[at] = number
+        self._count += 1
+        if 2 * self._count > len(self._table):
+            old, self._table, self._count = self._table, array("Q", bytes(16 * len(self._table))), 0
+            for found in filter(None, old):
+                self.add(found)
+        return True
+
+
+def share_of(text: str) -> float:
+    """A share such as 0.1% or 0.001. UserError where it is none."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"--max_bad={text}: expected a share, such as 0.1% or 0.001")
+    return share
+
+
+def prepare(source: Source, config: Config, here: str | Path, layout: str = "") -> dict[str, Any]:
     """Writes `source` as a dataset into config.dest, or `here`, prints a summary, and gives meta.json.
 
-    The config is that of a prepare.py: tokenizer, val_fraction, min_count, byte_fallback. UserError where it cannot.
+    The config is that of a prepare.py, see DEFAULTS; `layout` is how a document of plain text is laid out. UserError
+    where it cannot.
     """
-    folder, tokenizer, val_fraction = config.dest or here, config.tokenizer, config.val_fraction
-    min_count, byte_fallback = config.min_count, config.byte_fallback
-    chosen = choose_tokenizer(tokenizer)
-    check_options(chosen, val_fraction, min_count, byte_fallback)
+    o = Config(**(DEFAULTS | vars(config)))
+    chosen = check_options(config)
+    sources = [source] + ([open_source(o.val_input, o)] if o.val_input else [])
+    ended = any(source.ended for source in sources)
+    if ended:
+        sources = [replace(s, document="file") if s.document == "text" else s for s in sources]
     with user_errors(OSError, about="cannot read the text"):
-        size = sum(path.stat().st_size for path in source.files)
-    counts, lengths = CharacterCounts(), [0]  # characters of each document
-    with progress_bar(size, "counting") as progress:
-        for piece in source.read(progress):
-            if piece is None:
-                lengths.append(0)
-            else:
-                counts.add(piece)
-                lengths[-1] += len(piece)
-    lengths = lengths if lengths[-1] else lengths[:-1]
-    characters, ended = sum(lengths), source.mode != "text"  # whether end-of-text follows each document
-    named = str(source.files[0]) if len(source.files) == 1 else f"these {len(source.files)} files"
-    if not characters:
-        raise UserError(f"{named}: there is no text in it")
-    cut = int(characters * (1 - val_fraction))
-    if len(lengths) > 1:
-        starts = np.cumsum([0, *lengths[:-1]])
-        first = int(np.searchsorted(starts, characters * (1 - val_fraction)))
-        cut = int(starts[min(first, len(lengths) - 1)])
-    if not 0 < cut < characters:
-        raise UserError(
-            f"{named}: {characters} characters are too few to split with --val_fraction={val_fraction}; give more text"
-        )
-    if chosen is None:
-        chosen = char_tokenizer(counts, min_count, byte_fallback, ended)
-    occurring, unknown = counts.characters(), counts.unknown(chosen)
+        size = sum(path.stat().st_size for path in {file.path for s in sources for file in s.files})
+    with progress_bar(size, "reading") as progress:
+        s = survey(sources, o, ended, progress)
+    layout = s.found.layout or layout
+    if chosen is None and o.tokenizer == "bpe":
+        stride = -(-sum(s.characters) // BPE_SAMPLE)
+        with progress_bar(size, "training the BPE") as progress:
+            parts = encodable(sources, s, last_cut, progress)
+            texts = (
+                text for number, (split, text, _) in enumerate(parts) if split == SPLITS[0] and number % stride == 0
+            )
+            from tokenizer import train_bpe
+
+            chosen = train_bpe(texts, o.vocab_size)
+    elif chosen is None:
+        chosen = char_tokenizer(s.counts, o.min_count, o.byte_fallback, ended)
+    unknown = s.counts.unknown(chosen)
     if unknown and not chosen.byte_fallback:
-        raise chosen.unknown_error(_first_positions(source, chosen))
+        raise chosen.unknown_error(_first_positions(sources, s, chosen))
     if ended and chosen.end_of_text is None:
         raise UserError(
-            f"--tokenizer={tokenizer}: this vocabulary has no token to end {len(lengths)} documents with; give "
+            f"--tokenizer={o.tokenizer}: this vocabulary has no token to end {sum(s.documents)} documents with; give "
             "one file, or --tokenizer=char for a new vocabulary"
         )
 
-    with DatasetWriter(folder, chosen) as writer:
+    with DatasetWriter(o.dest or here, chosen) as writer:
         done = 0
-        with progress_bar(size, "encoding") as progress:
-            for split, text in _encodable(source.read(progress), cut, chosen):
-                if text is not None:
-                    writer.write(split, chosen.encode(text), text)
-                    done += len(text)
-                elif ended:
-                    writer.write(split, np.array([chosen.end_of_text], chosen.dtype), end_text(chosen))
-        if done != characters:
-            raise UserError(f"{named}: the text changed while it was being read; run again")
+        with progress_bar(size, "encoding") as progress, encoder(chosen, o.num_proc) as encode:
+            for split, texts, ends, ids in encode(batches(encodable(sources, s, chosen.last_cut, progress))):
+                writer.write(split, ids, expected(chosen, texts, ends) if writer.checks(split) else None)
+                done += sum(map(len, texts))
+        if done != sum(s.characters):
+            raise UserError("the text changed while it was being read; run again")
         return writer.finish(
-            documents=len(lengths),
-            characters=characters,
-            distinct=len(occurring),
+            documents=s.documents,
+            characters=s.characters,
+            distinct=len(s.counts.characters()),
             unknown=sum(unknown.values()),
-            template=source.template,
+            template=layout,
+            notes=notes_of(s, o, ended),
         )
 
 
-def _first_positions(source: Source, tokenizer: CharTokenizer) -> dict[str, int]:
-    """Characters that the vocabulary lacks, with their first positions in the whole text; stops after ten."""
-    found, position = {}, 0
-    for piece in source.read():
-        for character, at in tokenizer.unknown(piece or "").items():
-            found.setdefault(character, position + at)
-        position += len(piece or "")
-        if len(found) > 10:
-            break
-    return found
+def notes_of(s: Survey, o: Config, ended: bool) -> list[str]:
+    """What a reader of the summary should know besides."""
+    lines = []
+    if s.found.encodings:
+        lines.append("encodings: " + ", ".join(f"{name} ({n:,} files)" for name, n in s.found.encodings.most_common()))
+    odd = s.counts.characters()
+    kept = {"U+3000 (ideographic space)": odd.get("\u3000"), "NUL": odd.get("\0"), "U+FFFD": odd.get("\ufffd")}
+    if any(kept.values()):
+        lines.append("kept as they are: " + ", ".join(f"{n:,} {name}" for name, n in kept.items() if n))
+    left_out = s.left_out + Counter({"malformed": s.found.malformed, "of too few stars": s.found.few_stars})
+    if left_out:
+        lines.append("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in left_out.items() if n))
+    share = s.characters[1] / sum(s.characters)
+    if ended and s.cut is None and not o.val_input and not 0.5 < share / o.val_fraction < 2:
+        lines.append(f"note: {share:.1%} of the characters are for validation, as documents are kept whole")
+    return lines
 
 
-def _encodable(pieces: Iterable[str | None], cut: int, tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
-    """(split, text) with texts that may be encoded one by one, and (split, None) at the end of a document."""
-    split, position, waiting = SPLITS[0], 0, ""  # `waiting` begins at `position`
+def encodable(
+    sources: list[Source], s: Survey, last_cut: Callable[[str, int], int], progress: Callable[[int], Any]
+) -> Iterator[tuple[str, str, bool]]:
+    """(split, text, whether a document ends behind it), with texts that may be encoded one by one."""
+    number, inside, position, waiting, fate = -1, False, 0, "", 0  # `waiting` begins at `position` of the document
+    for part, source in enumerate(sources):
+        for piece in source.read(progress):
+            if piece is None:
+                if inside and fate != LEFT_OUT:
+                    yield SPLITS[fate], waiting, True
+                inside, waiting = False, ""
+                continue
+            if not inside:
+                number, inside, position = number + 1, True, 0
+                fate = s.fates[number] if s.fates else part
+                fate = 0 if s.cut is not None and fate != LEFT_OUT else fate
+            if fate == LEFT_OUT:
+                continue
+            searched = max(0, len(waiting) - 1)
+            waiting += piece
+            if s.cut is not None and position < s.cut <= position + len(waiting):
+                at = s.cut - position
+                yield SPLITS[0], waiting[:at], False
+                waiting, position, fate, searched = waiting[at:], s.cut, 1, 0
+            if size := last_cut(waiting, searched):
+                yield SPLITS[fate], waiting[:size], False
+                waiting, position = waiting[size:], position + size
+        if waiting:
+            yield SPLITS[fate], waiting, False
+        inside, waiting = False, ""
 
-    def take(size: int) -> tuple[str, str]:
-        nonlocal split, position, waiting
-        text, waiting = waiting[:size], waiting[size:]
-        split = SPLITS[position >= cut]
-        position += size
-        return split, text
 
-    for piece in pieces:
-        if piece is None:
-            if waiting:
-                yield take(len(waiting))
-            yield split, None
-            continue
-        searched = max(0, len(waiting) - 1)
-        waiting += piece
-        if position < cut <= position + len(waiting):
-            yield take(cut - position)
-            searched = 0
-        if size := tokenizer.last_cut(waiting, searched):
-            yield take(size)
-    if waiting:
-        yield take(len(waiting))
+def batches(parts: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[str, list[str], list[bool]]]:
+    """(split, texts, whether a document ends behind each), up to about CHUNK / 4 characters at once."""
+    waiting: dict[str, tuple[list[str], list[bool]]] = {split: ([], []) for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    for split, text, ends in parts:
+        for items, item in zip(waiting[split], (text, ends), strict=True):
+            items.append(item)
+        sizes[split] += len(text) + 1
+        if sizes[split] >= CHUNK // 4:
+            yield split, *waiting[split]
+            waiting[split], sizes[split] = ([], []), 0
+    for split in SPLITS:
+        if waiting[split][0]:
+            yield split, *waiting[split]
 
 
-class DatasetWriter:
-    """train.bin, val.bin and meta.json in a folder: beside the old ones until `finish`, which replaces those.
+def encode_batch(tokenizer: Tokenizer, texts: list[str], ends: list[bool]) -> np.ndarray:
+    """The ids of a batch, with <|endoftext|> where a document ends."""
+    end = np.array([tokenizer.end_of_text], tokenizer.dtype) if any(ends) else None
+    parts = []
+    for ids, is_end in zip(tokenizer.encode_batch(texts), ends, strict=True):
+        parts.append(ids)
+        if is_end:
+            parts.append(end)
+    return np.concatenate(parts)
 
-    A context manager; whatever ends it before `finish` is done leaves the old files as they were and no new ones.
-    """
 
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
-        self.folder, self.tokenizer = Path(folder), tokenizer
-        self._stored = np.dtype(tokenizer.dtype).newbyteorder("<")
-        self._files: dict[str, Any] = {}
-        self._hashes = {split: hashlib.sha256() for split in SPLITS}
-        self._tokens = dict.fromkeys(SPLITS, 0)
-        self._max_id = -1
-        self._sample: list[str] = []  # the text of the first `_sample_tokens` of train.bin
-        self._sample_size = self._sample_tokens = 0
-
-    def __enter__(self) -> "DatasetWriter":
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for split in SPLITS:
-                self._files[split] = self._beside(f"{split}.bin").open("wb", buffering=2**20)
-        except OSError as error:
-            self._discard()
-            raise self._cannot_write(error) from error
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._discard()
-        if isinstance(error, OSError):
-            raise self._cannot_write(error) from error
-
-    def write(self, split: str, ids: np.ndarray, text: str | None = None) -> None:
-        """Appends ids. `text`, where known, is what they should decode to; `finish` checks the first of it."""
-        if len(ids) == 0:
-            return
-        if split == SPLITS[0] and text is not None and self._sample_tokens == self._tokens[split]:
-            if self._sample_size < CHUNK:
-                self._sample.append(text)
-                self._sample_size += len(text)
-                self._sample_tokens += len(ids)
-        data = ids.astype(self._stored, copy=False).tobytes()
-        self._files[split].write(data)
-        self._hashes[split].update(data)
-        self._tokens[split] += len(ids)
-        self._max_id = max(self._max_id, int(ids.max()))
-
-    def finish(
-        self, *, documents: int, characters: int, distinct: int | None, unknown: int, template: str = ""
-    ) -> dict[str, Any]:
-        """Checks what was written, puts it in place of the old files, prints a summary, gives meta.json's content.
-
-        `distinct` counts the text's distinct characters (None: not counted), `unknown` the occurrences of those without
-        a token of their own.
-        """
-        for split, file in self._files.items():
-            if not self._tokens[split]:
-                raise UserError(f"{split}.bin would be empty: give more text, or another --val_fraction")
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        ids = np.fromfile(self._beside("train.bin"), self._stored, self._sample_tokens)
-        sample = "".join(self._sample)
-        if self.tokenizer.lossless and self.tokenizer.decode(ids) != sample:
-            raise UserError(
-                f"round trip: the ids in {self._beside('train.bin')} are not the text; nothing was replaced"
-            )
-        checked = len(sample) - len(end_text(self.tokenizer)) * int((ids == self.tokenizer.end_of_text).sum())
-        files = {
-            f"{split}.bin": {
-                "bytes": self._tokens[split] * self._stored.itemsize,
-                "sha256": self._hashes[split].hexdigest(),
-                "tokens": self._tokens[split],
-            }
-            for split in SPLITS
-        }
-        tokens = sum(self._tokens.values())
-        meta = self.tokenizer.meta() | ({"template": template} if template else {})
-        meta |= {"max_id": self._max_id, "documents": documents, "characters": characters, "tokens": tokens}
-        meta |= {"unknown_characters": unknown, "files": files}
-        with self._beside("meta.json").open("w", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(meta, ensure_ascii=False, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        for name in (*files, "meta.json"):
-            os.replace(self._beside(name), self.folder / name)
-        (self.folder / "meta.pkl").unlink(missing_ok=True)
-
-        line = next((line for line in sample.split("\n") if line.strip()), "")
-        pieces = self.tokenizer.pieces(self.tokenizer.encode(line[:200]))
-        print(f"documents: {documents:,}")
-        kinds = "" if distinct is None else f"{distinct:,} distinct, {unknown:,} unknown (without a token of their own)"
-        print(f"characters: {characters:,}" + (f", {kinds}" if kinds else ""))
-        print(f"tokens: {tokens:,} of {self.tokenizer.vocab_size:,} kinds (train {self._tokens['train']:,}, ", end="")
-        print(f"val {self._tokens['val']:,}), {characters / tokens:.2f} characters per token")
-        print(f"first line: {'|'.join(pieces[:60])}{'|…' if len(pieces) > 60 or len(line) > 200 else ''}")
-        if self.tokenizer.lossless:
-            print(f"round trip: identical (read back and compared: the first {checked:,} characters)")
-        else:
-            print("round trip: not compared, as this tokenizer does not keep all of a text (spaces, capitals)")
-        print(f"written: {', '.join(str(self.folder / name) for name in (*files, 'meta.json'))}")
-        return meta
-
-    def _beside(self, name: str) -> Path:
-        return self.folder / f"{name}.tmp"
-
-    def _discard(self) -> None:
-        for file in self._files.values():
-            with suppress(OSError):  # closing flushes, which a full disk refuses
-                file.close()
-        for name in (*(f"{split}.bin" for split in SPLITS), "meta.json"):
-            with suppress(OSError):
-                self._beside(name).unlink()
-
-    def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write into {self.folder}: {error.strerror or error}; choose another place with --dest"
-        )
+def expected(tokenizer: Tokenizer, texts: list[str], ends: list[bool]) -> str:
+    """What the ids of a batch are to be decoded to."""
+    return "".join(text + end_text(tokenizer) * is_end for text, is_end in zip(texts, ends, strict=True))
 
 
 @contextmanager
-def progress_bar(total: int, name: str, unit: str = "B") -> Iterator[Callable[[int], Any]]:
-    """Gives a function to call with what has been done; shown on stderr where that is a terminal and there is tqdm."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda done: None
+def encoder(tokenizer: Tokenizer, num_proc: int) -> Iterator[Callable]:
+    """A function from batches to (split, texts, ends, ids), in their order: in `num_proc` processes, or with 1 in this
+    one, where the libraries of BPE use all cores as well."""
+    if num_proc == 1:
+        yield lambda batches: ((split, t, e, encode_batch(tokenizer, t, e)) for split, t, e in batches)
         return
-    with tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=None) as bar:
-        yield bar.update
+
+    def encode(batches: Iterable) -> Iterator:
+        waiting: deque = deque()
+        for split, texts, ends in batches:
+            waiting.append((split, texts, ends, pool.submit(encode_batch, tokenizer, texts, ends)))
+            if len(waiting) > 2 * num_proc:
+                *batch, future = waiting.popleft()
+                yield *batch, future.result()
+        for *batch, future in waiting:
+            yield *batch, future.result()
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_proc, context, partial(signal.signal, signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            yield encode
+        except BrokenProcessPool as error:
+            raise UserError("a process that encodes was killed, for lack of memory?: lower --num_proc") from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _first_positions(sources: list[Source], s: Survey, tokenizer: CharTokenizer) -> dict[str, int]:
+    """Characters that the vocabulary lacks, with their first positions in the whole text; stops after ten."""
+    found, position = {}, 0
+    for _, text, _ in encodable(sources, s, tokenizer.last_cut, lambda size: None):
+        for character, at in tokenizer.unknown(text).items():
+            found.setdefault(character, position + at)
+        position += len(text)
+        if len(found) > 10:
+            break
+    return found
 
 
 def tiny_shakespeare(here: Path) -> str:

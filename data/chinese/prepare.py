@@ -1,8 +1,9 @@
-"""A Chinese text, or a folder of them, as a character-level dataset: train.bin, val.bin and meta.json.
+"""A Chinese text, a folder of them, or a corpus, as a character-level dataset: train.bin, val.bin and meta.json.
 
     $ python data/chinese/prepare.py                                        # 723 short stories that come with weiGPT
-    $ python data/chinese/prepare.py --input=novel.txt --encoding=gb18030   # a text of your own
+    $ python data/chinese/prepare.py --input=novel.txt                      # a text of your own, in UTF-8, GBK, Big5 …
     $ python data/chinese/prepare.py --input=essays/ --dest=data/essays     # each .txt file is a document
+    $ python data/chinese/prepare.py --input=wiki_zh/ --dest=data/wiki --dedup --min_chars=100
 
 Any text has tokens, whatever its characters: those outside the vocabulary become the bytes of their UTF-8.
 """
@@ -13,27 +14,42 @@ from pathlib import Path
 sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[1:3]]
 from configurator import Config, configure, run
 
-input = []  # a text file (several: --input=a.txt --input=b.txt) or a folder; default: input.txt here, else the stories
-encoding = "utf-8"  # of the input; older Chinese texts are often gb18030 or big5
-val_fraction = 0.1  # the last part of the text, kept for validation
-tokenizer = "char"  # "char", "gpt2", or a dataset folder, out_dir, .pt file or Hugging Face folder: its vocabulary
-byte_fallback = True  # 256 byte tokens, so that any text has tokens
-min_count = 1  # characters rarer than this take the byte tokens instead of one of their own
+# what to read
+input = []  # files, folders, patterns (repeat the key for several); default: input.txt here, else the stories
+val_input = []  # the corpus's own validation files, in place of val_fraction
+encoding = "auto"  # of text: told from each file, or its name, such as gb18030
+errors = "stop"  # at bytes that cannot be decoded: 'stop', or 'skip' the document
+normalize = "none"  # 'nfkc', 't2s' (traditional to simplified), 'strip' (NUL, spaces around lines), or "nfkc,strip"
+format = "auto"  # told from the fields, or 'text', or the corpus, such as 'wiki2019zh': data/README.md has them all
+fields = ""  # of records in another format, such as "title,content"; of a table without names, such as "1"
+template = ""  # how the fields make a document, such as "{title}: {content}"; default: 《title》, then a line each
+min_star = 0.0  # of webtext2019zh, only answers with so many
+max_bad = "0.1%"  # malformed records are left out; more than this of them stop it
+document = "auto"  # in plain text: 'file', 'blank' (lines between), 'line', or 'text' (a lone file, without an end)
+dedup = False  # leave out documents that are the same, character by character, as an earlier one
+min_chars = 1  # leave out shorter documents
+# what to write
+val_fraction = 0.1  # for validation: of documents by their hash, of one text its last part
+tokenizer = "char"  # 'char', 'bpe' (trained on it), 'gpt2', or a dataset folder, out_dir, .pt file, Hugging Face folder
+vocab_size = 8192  # of 'bpe'
+byte_fallback = True  # with 'char': 256 byte tokens, so that any text has tokens
+min_count = 1  # with 'char': rarer characters take the byte tokens instead of one of their own
+num_proc = 1  # processes that encode, worth it for BPE on many cores
 dest = ""  # the folder for the dataset; default: this folder
 config = configure(globals())
 
 import corpus
+from documents import TEMPLATE
 
 
 def main(config: Config) -> None:
     here = Path(__file__).resolve().parent
-    if config.input:
-        source = corpus.open_inputs(config.input, config.encoding)
-    elif (here / "input.txt").is_file():
-        source = corpus.open_inputs([str(here / "input.txt")], config.encoding)
-    else:
-        source = corpus.Source((here / "stories_zh.txt",), mode="blank", template="《{title}》\n{content}")
-    corpus.prepare(source, config, here)
+    own, stories = here / "input.txt", here / "stories_zh.txt"
+    inputs = config.input or [str(own if own.is_file() else stories)]
+    if inputs == [str(stories)] and not config.input and config.document == "auto":
+        config.document = "blank"
+    source = corpus.open_source(inputs, config)
+    corpus.prepare(source, config, here, layout=TEMPLATE if inputs == [str(stories)] else "")
 
 
 if __name__ == "__main__":

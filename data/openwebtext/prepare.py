@@ -30,6 +30,8 @@ config = configure(globals())
 import numpy as np
 
 import corpus
+from reading import files_in
+from writing import DatasetWriter, end_text, progress_bar
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
@@ -43,7 +45,7 @@ def load(config: Config):  # -> datasets.Dataset
     name, options, processes = config.dataset, {}, config.num_proc
     remedy = "check the network, set HF_ENDPOINT to a mirror of the Hub, or give local files with --input"
     if config.input:
-        files = corpus.files_in(config.input, tuple(BUILDERS))
+        files = [file.path for file in files_in(config.input)]
         kinds = {BUILDERS.get(file.suffix.lower(), file.name) for file in files}
         name, remedy = kinds.pop(), "check the files and their --encoding"
         if kinds or name not in BUILDERS.values():
@@ -76,15 +78,14 @@ def load(config: Config):  # -> datasets.Dataset
 
 
 def main(config: Config) -> None:
-    tokenizer = corpus.choose_tokenizer(config.tokenizer)
-    corpus.check_options(tokenizer, config.val_fraction, config.min_count, config.byte_fallback)
+    tokenizer = corpus.check_options(config)
     documents = load(config)
     if len(documents) < 2:
         raise UserError("there are fewer than two documents, too few to split into train.bin and val.bin")
     distinct, unknown = None, 0
     if tokenizer is None or tokenizer.kind == "char":
         counts = corpus.CharacterCounts()
-        with corpus.progress_bar(len(documents), "counting", "documents") as progress:
+        with progress_bar(len(documents), "counting", "documents") as progress:
             for batch in documents.iter(1000):
                 counts.add("".join(text or "" for text in batch["text"]))
                 progress(len(batch["text"]))
@@ -100,19 +101,20 @@ def main(config: Config) -> None:
 
     with user_errors(ValueError, about=f"--val_fraction={config.val_fraction}"):
         parts = documents.train_test_split(test_size=config.val_fraction, seed=2357, shuffle=True)
-    characters = 0
-    with corpus.DatasetWriter(config.dest or Path(__file__).resolve().parent, tokenizer) as writer:
+    characters = {"train": 0, "val": 0}
+    with DatasetWriter(config.dest or Path(__file__).resolve().parent, tokenizer) as writer:
         for split, part in (("train", parts["train"]), ("val", parts["test"])):
             options = {"num_proc": config.num_proc} if config.num_proc > 1 else {}
             encoded = part.map(encode, batched=True, remove_columns="text", desc=f"encoding {split}", **options)
-            with corpus.progress_bar(len(encoded), f"writing {split}", "documents") as progress:
+            with progress_bar(len(encoded), f"writing {split}", "documents") as progress:
                 for number, batch in enumerate(encoded.with_format("numpy").iter(1000)):
                     texts = [text or "" for text in part[:1000]["text"]] if number == 0 else []
-                    expected = "".join(text + corpus.end_text(tokenizer) for text in texts) if texts else None
+                    expected = "".join(text + end_text(tokenizer) for text in texts) if texts else None
                     writer.write(split, np.concatenate(batch["ids"]), expected)
-                    characters += int(batch["characters"].sum())
+                    characters[split] += int(batch["characters"].sum())
                     progress(len(batch["ids"]))
-        writer.finish(documents=len(documents), characters=characters, distinct=distinct, unknown=unknown)
+        counts = {"documents": [len(parts["train"]), len(parts["test"])], "characters": list(characters.values())}
+        writer.finish(**counts, distinct=distinct, unknown=unknown)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[1:3]]
 from configurator import Config, configure, run
 
 input = []  # a text file (several: --input=a.txt --input=b.txt) or a folder; default: input.txt here, else a download
-encoding = "utf-8"  # of the input
+encoding = "auto"  # of the input: told from the file, or its name, such as gb18030
 val_fraction = 0.1  # the last part of the text, kept for validation
 tokenizer = "gpt2"  # "char", "gpt2", or a dataset folder, out_dir, .pt file or Hugging Face folder: its vocabulary
 byte_fallback = False  # with "char": 256 byte tokens, so that any text has tokens; False gives nanoGPT's ids alone
@@ -26,7 +26,7 @@ import corpus
 
 def main(config: Config) -> None:
     here = Path(__file__).resolve().parent
-    source = corpus.open_inputs(config.input or [corpus.tiny_shakespeare(here)], config.encoding)
+    source = corpus.open_source(config.input or [corpus.tiny_shakespeare(here)], config)
     corpus.prepare(source, config, here)
 
 

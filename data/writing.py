@@ -1,0 +1,202 @@
+"""The files of a dataset, written beside the old ones until they are whole; what is shown meanwhile and at the end."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+
+from configurator import UserError
+from tokenizer import FILES, Tokenizer, read_meta, settle
+
+CHECKED = 2**20  # characters that are read back and compared
+SPLITS = ("train", "val")
+
+
+class DatasetWriter:
+    """train.bin, val.bin and meta.json in a folder: beside the old ones until `finish`, which replaces those.
+
+    A context manager; whatever ends it before `finish` is done leaves the old files as they were and no new ones.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
+        self.folder, self.tokenizer = Path(folder), tokenizer
+        self._stored = np.dtype(tokenizer.dtype).newbyteorder("<")
+        self._files: dict[str, Any] = {}
+        self._lock = filelock.FileLock(self.folder / ".lock")
+        self._hashes = {split: hashlib.sha256() for split in SPLITS}
+        self._tokens = dict.fromkeys(SPLITS, 0)
+        self._max_id = -1
+        self._sample: list[str] = []  # the text of the first `_sample_tokens` of train.bin
+        self._sample_size = self._sample_tokens = 0
+
+    def __enter__(self) -> "DatasetWriter":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            settle(self.folder)
+            for name in FILES:  # what a killed run left
+                self.folder.joinpath(f"{name}.new").unlink(missing_ok=True)
+            for split in SPLITS:
+                self._files[split] = self._beside(f"{split}.bin").open("wb", buffering=2**20)
+        except filelock.Timeout:
+            raise UserError(
+                f"another prepare.py is writing into {self.folder}: wait for it, or choose another --dest"
+            ) from None
+        except OSError as error:
+            self._discard()
+            raise self._cannot_write(error) from error
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._discard()
+        if isinstance(error, OSError):
+            raise self._cannot_write(error) from error
+
+    def checks(self, split: str) -> bool:
+        """Whether `write` would compare what it is given next with a text."""
+        return split == SPLITS[0] and self._sample_size < CHECKED and self._sample_tokens == self._tokens[split]
+
+    def write(self, split: str, ids: np.ndarray, text: str | None = None) -> None:
+        """Appends ids. `text`, where known, is what they should decode to; `finish` checks the first of it."""
+        if len(ids) == 0:
+            return
+        if text is not None and self.checks(split):
+            self._sample.append(text)
+            self._sample_size += len(text)
+            self._sample_tokens += len(ids)
+        data = ids.astype(self._stored, copy=False)
+        self._files[split].write(data)
+        self._hashes[split].update(data)
+        self._tokens[split] += len(ids)
+        self._max_id = max(self._max_id, int(ids.max()))
+
+    def finish(
+        self,
+        *,
+        documents: list[int],
+        characters: list[int],
+        distinct: int | None,
+        unknown: int,
+        template: str = "",
+        notes: Iterable[str] = (),
+    ) -> dict[str, Any]:
+        """Checks what was written, puts it in place of the old files, prints a summary, gives meta.json's content.
+
+        `documents` and `characters` are those of each split, `distinct` counts the text's distinct characters (None:
+        not counted), `unknown` the occurrences of those without a token of their own; `notes` end the summary.
+        """
+        for split, file in self._files.items():
+            if not self._tokens[split]:
+                raise UserError(f"{split}.bin would be empty: give more text, or another --val_fraction")
+            _close(file)
+        ids = np.fromfile(self._beside("train.bin"), self._stored, self._sample_tokens)
+        sample = "".join(self._sample)
+        if self.tokenizer.lossless and self.tokenizer.decode(ids) != sample:
+            raise UserError(
+                f"round trip: the ids in {self._beside('train.bin')} are not the text; nothing was replaced"
+            )
+        checked = len(sample) - len(end_text(self.tokenizer)) * int((ids == self.tokenizer.end_of_text).sum())
+        files = {
+            f"{split}.bin": {
+                "bytes": self._tokens[split] * self._stored.itemsize,
+                "sha256": self._hashes[split].hexdigest(),
+                "tokens": self._tokens[split],
+            }
+            for split in SPLITS
+        }
+        tokens = sum(self._tokens.values())
+        meta = self.tokenizer.meta() | ({"template": template} if template else {})
+        meta |= {"max_id": self._max_id, "documents": sum(documents), "characters": sum(characters), "tokens": tokens}
+        meta |= {"unknown_characters": unknown, "files": files}
+        self._replace(meta)
+
+        line = next((line for line in sample.split("\n") if line.strip()), "")
+        pieces = self.tokenizer.pieces(self.tokenizer.encode(line[:200]))
+        counted = {"documents": documents, "characters": characters, "tokens": list(self._tokens.values())}
+        print(f"{'':<10}" + "".join(f"{name:>17}" for name in (*SPLITS, "in all")))
+        for name, pair in counted.items():
+            if name != "documents" or sum(pair) > 1:
+                print(f"{name:<10}" + "".join(f"{n:>17,}" for n in (*pair, sum(pair))))
+        kinds = (
+            ""
+            if distinct is None
+            else f"; {distinct:,} distinct characters, {unknown:,} unknown (no token of their own)"
+        )
+        print(f"vocabulary: {self.tokenizer.vocab_size:,} tokens ({self.tokenizer.kind}){kinds}")
+        print(f"characters per token: {sum(characters) / tokens:.2f}")
+        for text in notes:
+            print(text)
+        print(f"first line: {'|'.join(pieces[:60])}{'|…' if len(pieces) > 60 or len(line) > 200 else ''}")
+        if self.tokenizer.lossless:
+            print(f"round trip: identical (read back and compared: the first {checked:,} characters)")
+        else:
+            print("round trip: not compared, as this tokenizer does not keep all of a text (spaces, capitals)")
+        print(f"written: {', '.join(str(self.folder / name) for name in (*files, 'meta.json'))}")
+        return meta
+
+    def _replace(self, meta: dict[str, Any]) -> None:
+        """Puts the new files in the place of the old ones. From the moment when meta.json.new is there, the new ones
+        are the dataset, and whoever reads it next ends what a kill may have interrupted."""
+        texts = {"meta.json": json.dumps(meta, ensure_ascii=False, indent=1) + "\n"}
+        texts |= {"tokenizer.json": meta["json"]} if "json" in meta else {}
+        was_bpe = False
+        with suppress(UserError):  # a broken meta.json is replaced
+            was_bpe = read_meta(self.folder).get("kind") == "bpe"
+        for name, text in texts.items():
+            file = self._beside(name).open("w", encoding="utf-8", newline="\n")
+            with file:
+                file.write(text)
+                _close(file)
+        for name in FILES:  # meta.json is the last of them
+            if name in texts or name.endswith(".bin"):
+                os.replace(self._beside(name), self.folder / f"{name}.new")
+        settle(self.folder)
+        if was_bpe and "json" not in meta:
+            (self.folder / "tokenizer.json").unlink(missing_ok=True)
+
+    def _beside(self, name: str) -> Path:
+        return self.folder / f"{name}.tmp"
+
+    def _discard(self) -> None:
+        for file in self._files.values():
+            with suppress(OSError):  # closing flushes, which a full disk refuses
+                file.close()
+        for name in FILES:
+            with suppress(OSError):
+                self._beside(name).unlink()
+        self._lock.release()
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write into {self.folder}: {error.strerror or error}; choose another place with --dest"
+        )
+
+
+def _close(file: Any) -> None:
+    """Closes a file that is to be on the disk before anything else happens."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+@contextmanager
+def progress_bar(total: int, name: str, unit: str = "B") -> Iterator[Callable[[int], Any]]:
+    """Gives a function to call with what has been done; shown on stderr where that is a terminal and there is tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda done: None
+        return
+    with tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=None) as bar:
+        yield bar.update
+
+
+def end_text(tokenizer: Tokenizer) -> str:
+    """The text of its end-of-text token: <|endoftext|>, but for some of Hugging Face's; empty where it has none."""
+    return "" if tokenizer.end_of_text is None else tokenizer.decode([tokenizer.end_of_text])
