@@ -17,7 +17,7 @@ import torch
 
 from configurator import ROOT, UserError
 from model import derive_seed
-from tokenizer import read_meta
+from tokenizer import read_meta, settle
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Tokens:
 def dataset_folder(name: str) -> Path:
     """Where a dataset lies: a folder's path, or data/<name> here or beside the scripts. UserError if nowhere."""
     for folder in (Path(name), Path("data") / name, ROOT / "data" / name):
+        settle(folder)
         if (folder / "train.bin").is_file():
             return folder
     prepare = ROOT / "data" / name / "prepare.py"

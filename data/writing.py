@@ -116,7 +116,8 @@ class DatasetWriter:
         meta |= {"unknown_characters": unknown, "files": files}
         self._replace(meta)
 
-        line = next((line for line in sample.split("\n") if line.strip()), "")
+        first = sample.split(end_text(self.tokenizer))[0] if end_text(self.tokenizer) else sample
+        line = next((line for line in first.split("\n") if line.strip()), "")
         pieces = self.tokenizer.pieces(self.tokenizer.encode(line[:200]))
         counted = {"documents": documents, "characters": characters, "tokens": list(self._tokens.values())}
         print(f"{'':<10}" + "".join(f"{name:>17}" for name in (*SPLITS, "in all")))

@@ -60,10 +60,8 @@ def stream(config: Config, split: str, file: Path) -> None:
         ):
             for document in documents.take(total) if total else documents:
                 if missing := [name for name in columns if name not in document]:
-                    raise UserError(
-                        f"--{'fields' if 'fields' in config.given else 'text_column'}={missing[0]}: there is no such column; the "
-                        f"columns are {', '.join(document)}"
-                    )
+                    key = "fields" if "fields" in config.given else "text_column"
+                    raise UserError(f"--{key}={missing[0]}: there is no such column among {', '.join(document)}")
                 lines.write(json.dumps({name: document[name] for name in columns}, ensure_ascii=False) + "\n")
                 count += 1
                 progress(1)
