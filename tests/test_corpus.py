@@ -262,6 +262,129 @@ def test_stories_in_gpt2_tokens(tmp_path):
     assert ids(tmp_path, "train")[-1] == 50256 and meta["max_id"] == 50256
 
 
+# ---- which documents
+
+
+def lines_of(dest: Path) -> tuple[list[str], list[str]]:
+    """The documents of both splits."""
+    return tuple(slow_text(dest, split).split(END)[:-1] for split in ("train", "val"))
+
+
+def test_duplicates_and_short_documents_are_left_out(tmp_path):
+    words = ["春天来了", "夏", "春天来了", "秋天也来了", "", "夏", "冬天", "秋天也来了"] + [
+        f"第{n}天" for n in range(40)
+    ]
+    (tmp_path / "t.txt").write_text("\n".join(words), encoding="utf-8")
+    given = f"--input={tmp_path / 't.txt'}", "--document=line"
+    meta = prepared("chinese", tmp_path / "all", *given)
+    assert meta["documents"] == 47 and sorted(sum(lines_of(tmp_path / "all"), [])) == sorted(filter(None, words))
+    done = run("chinese", *given, "--dedup", "--min_chars=2", f"--dest={tmp_path / 'some'}")
+    kept = [w for w in dict.fromkeys(words) if len(w) >= 2]
+    assert lines_of(tmp_path / "some") == by_hash(kept, 0.1)
+    assert "left out: 2 shorter than 2 characters, 2 seen before" in done.out
+    # a character of what was left out is not in the vocabulary
+    assert "夏" in meta["chars"] and "夏" not in load_tokenizer(tmp_path / "some").chars
+
+
+def test_a_long_document_that_is_left_out_leaves_no_trace(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    long = "长" * 2_500_000  # in more than one piece
+    for name, text in {"a": long, "b": long, "c": long + "文", "d": "短文"}.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    meta = prepared("chinese", tmp_path / "out", f"--input={folder}", "--dedup")
+    assert meta["documents"] == 3 and meta["characters"] == 2 * len(long) + 3
+    assert sorted(sum(lines_of(tmp_path / "out"), []), key=len) == ["短文", long, long + "文"]
+    meta = prepared("chinese", tmp_path / "out", f"--input={folder}", "--min_chars=3", "--dedup")
+    assert meta["documents"] == 2 and "短" not in meta["chars"]
+
+
+def test_a_corpus_own_validation_file(tmp_path):
+    records = [json.dumps({"title": f"题{n}", "content": f"文{n}"}, ensure_ascii=False) for n in range(30)]
+    (tmp_path / "train.json").write_text("\n".join(records[:20]), encoding="utf-8")
+    (tmp_path / "valid.json").write_text("\n".join(records[20:] + records[:1]), encoding="utf-8")
+    given = f"--input={tmp_path / 'train.json'}", f"--val_input={tmp_path / 'valid.json'}"
+    meta = prepared("chinese", tmp_path / "out", *given, "--dedup")
+    train, val = ([f"《题{n}》\n文{n}" for n in part] for part in (range(20), range(20, 30)))
+    assert lines_of(tmp_path / "out") == (train, val) and meta["template"] == "《{title}》\n{content}"
+    # of two plain texts, each is a split, whole and without an end
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name * 30)
+    given = f"--input={tmp_path / 'a.txt'}", f"--val_input={tmp_path / 'b.txt'}"
+    prepared("shakespeare_char", tmp_path / "out", *given[:1])
+    prepared("chinese", tmp_path / "out", *given)
+    assert (ids(tmp_path / "out", "train"), ids(tmp_path / "out", "val")) == ([0] * 30, [1] * 30)
+    refused(run("chinese", *given[:1], "--val_input=nowhere.txt", f"--dest={tmp_path}"), "nowhere.txt")
+
+
+def test_undecodable_bytes_stop_or_cost_one_document(tmp_path):
+    lines = [f"第{n}行好".encode("gb18030") for n in range(50)]
+    lines[7] += b"\xff\xff"
+    (tmp_path / "t.txt").write_bytes(b"\n".join(lines))
+    given = f"--input={tmp_path / 't.txt'}", "--document=line", f"--dest={tmp_path / 'out'}"
+    at = sum(len(line) + 1 for line in lines[:7]) + len(lines[7]) - 2
+    refused(run("chinese", *given), "t.txt", "gb18030", f"byte {at:,} ", "(ff ff", "--errors=skip")
+    assert not (tmp_path / "out").exists()
+    done = run("chinese", *given, "--errors=skip")
+    assert "left out: 1 not decodable" in done.out
+    assert lines_of(tmp_path / "out") == by_hash([f"第{n}行好" for n in range(50) if n != 7], 0.1)
+    refused(run("chinese", given[0], given[2], "--errors=skip"), "t.txt", "--document=line")
+
+
+def test_malformed_records_are_told_and_too_many_stop(tmp_path):
+    records = [json.dumps({"text": f"文{n}"}, ensure_ascii=False) for n in range(2000)]
+    for bad, words, status in (([5], [], 0), ([5, 9], [], 0), ([5, 9, 11], [], 2), ([5, 9, 11], ["--max_bad=1%"], 0),
+                               ([5], ["--max_bad=0"], 2), ([5, 9, 11], ["--max_bad=0.0015"], 0)):  # fmt: skip
+        lines = ["{broken" if n in bad else record for n, record in enumerate(records)]
+        (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        done = run("chinese", f"--input={tmp_path / 't.jsonl'}", f"--dest={tmp_path / 'out'}", *words)
+        assert done.returncode == status, (bad, words, done.err)
+        assert all(f"t.jsonl, line {n + 1}: malformed" in done.err for n in bad)
+        if status:
+            refused(done, f"{len(bad)} of 2,000", "--max_bad")
+        else:
+            kept = [f"文{n}" for n in range(2000) if n not in bad]
+            assert lines_of(tmp_path / "out") == by_hash(kept, 0.1)
+            assert f"left out: {len(bad)} malformed" in done.out
+    refused(run("chinese", f"--input={tmp_path / 't.jsonl'}", "--max_bad=much"), "--max_bad=much")
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2", "bpe"])
+def test_processes_that_encode_change_nothing(tmp_path, tokenizer):
+    if tokenizer == "gpt2" and "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("no GPT-2 vocabulary: TIKTOKEN_CACHE_DIR is not set")
+    pytest.importorskip({"char": "numpy", "gpt2": "tiktoken", "bpe": "tokenizers"}[tokenizer])
+    (tmp_path / "t.txt").write_text(
+        "".join(f"第{n}回，他说：「好。」\n" * 20 + "\n" for n in range(3000)), encoding="utf-8"
+    )
+    given = f"--input={tmp_path / 't.txt'}", f"--tokenizer={tokenizer}", "--vocab_size=400", "--document=blank"
+    for number in (1, 2):
+        prepared("chinese", tmp_path / str(number), *given, f"--num_proc={number}")
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_what_is_kept_is_counted(tmp_path):
+    (tmp_path / "t.txt").write_bytes("　　一\0二\ufffd\n".encode() * 20)
+    done = run("chinese", f"--input={tmp_path / 't.txt'}", f"--dest={tmp_path / 'out'}")
+    assert "kept as they are: 40 U+3000 (ideographic space), 20 NUL, 20 U+FFFD" in done.out
+    assert slow_text(tmp_path / "out", "train").startswith("　　一\0二\ufffd\n")
+    done = run("chinese", f"--input={tmp_path / 't.txt'}", f"--dest={tmp_path / 'out'}", "--normalize=strip,nfkc")
+    assert "kept" not in done.out.replace("U+FFFD", "") or "U+3000" not in done.out
+    assert slow_text(tmp_path / "out", "train").startswith("一二\ufffd\n一")
+    refused(run("chinese", "--normalize=nfc"), "--normalize=nfc")
+
+
+def test_seen_is_a_set():
+    rng = np.random.default_rng(0)
+    numbers = [0, 1, 2**64 - 1, *rng.integers(0, 2**63, 5000).tolist()]
+    numbers += numbers[::3]
+    seen, reference = corpus.Seen(), set()
+    for number in numbers:
+        assert seen.add(number or 1) == ((number or 1) not in reference)
+        reference.add(number or 1)
+
+
 # ---- vocabularies
 
 
