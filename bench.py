@@ -1,4 +1,5 @@
-"""Measures training (tokens/s, time of an iteration, MFU, peak memory, time of the first step), or generation.
+"""Measures training (tokens/s, time of an iteration, MFU, peak memory, time of the first step), or generation, or
+preparing a text.
 
     $ python bench.py
     $ python bench.py --device=cpu --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --json
@@ -6,13 +7,14 @@
     $ python bench.py --save
     $ python bench.py generate
     $ python bench.py generate --quantize=int8 --init_from=out-demo
+    $ python bench.py prepare --input=novel.txt --copies=50
 
 Needs no dataset: without data/openwebtext it takes random tokens. A CPU gets a smaller batch, unless one is set.
 """
 
 from configurator import Config, UserError, configure, run, user_errors
 
-what = "train"  # 'train' or 'generate', a word without dashes
+what = "train"  # 'train', 'generate' or 'prepare', a word without dashes
 batch_size = 12  # sequences in an iteration; on a CPU 1, unless set; of generation, 1 and this, or else 1, 8 and 32
 block_size = 1024  # tokens in a sequence
 n_layer = 12  # the model's shape: GPT-2 124M
@@ -34,7 +36,9 @@ num_rounds = 3  # how often all that generation is compared with is measured, in
 quantize = ""  # generate with 'int8' or 'bf16' weights, as sample.py does
 init_from = ""  # generate with the weights of an out_dir, a .pt file or a Hugging Face folder instead of random ones
 transformers = False  # also measure generation by transformers
-nanogpt = ""  # a folder with nanoGPT, to measure its generation as well
+nanogpt = ""  # a folder with nanoGPT, to measure its generation, or its preparing, as well
+input = ""  # a text in UTF-8 to prepare; default: the stories that come with weiGPT
+copies = 1  # how often that text is repeated
 save = False  # measure what a checkpoint costs the training that goes on, beside torch.save in place
 json = False  # print one JSON object and nothing else
 config = configure(globals(), positionals=("what",))
@@ -51,6 +55,7 @@ import numpy as np
 import torch
 
 import bench_generate
+import bench_prepare
 import checkpoint
 from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
 from loader import dataset_folder, open_split, sequence_starts
@@ -93,11 +98,20 @@ def peak_memory(device: str) -> int:
 
 @memory_error_told()
 def main(c: Config) -> None:
-    if c.what not in ("train", "generate"):
-        raise UserError(f"what={c.what}: there are train and generate")
+    if c.what not in ("train", "generate", "prepare"):
+        raise UserError(f"what={c.what}: there are train, generate and prepare")
     for key in ("num_steps", "num_rounds", "max_new_tokens"):
         if getattr(c, key) < 1:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if c.json else sys.stdout)
+
+    if c.what == "prepare":
+        figures = bench_prepare.measure(c, say)
+        if c.json:
+            print(dumps(figures))
+        return
     c.device = choose_device(c.device)
     c.dtype = choose_dtype(c.dtype, c.device)
     if c.device == "cpu":
@@ -105,10 +119,6 @@ def main(c: Config) -> None:
         c.compile = c.compile and "compile" in c.given
     if c.batch_size < 1:
         raise UserError(f"batch_size={c.batch_size}: expected at least 1")
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr if c.json else sys.stdout)
-
     torch.manual_seed(derive_seed(c.seed))
     if c.what == "generate":
         bench_generation(c, say)
