@@ -14,9 +14,11 @@ import os
 import pickle
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,11 @@ GPT2_SHA256 = (
     "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"  # of GPT-2's tokens in the order of their ids
 )
 # GPT-2's pre-tokenizer always ends a piece between a letter or digit and one of these, and looks only ahead from there;
-# BERT's does too
-CUT = re.compile(r"[^\W_](?=[ \t\n\r\u3000。，、！？；：.,!?;:])")
+# BERT's does too. The letters are some that Unicode 3.2 had: on later ones Python and a library may differ
+CUT = re.compile(
+    "[0-9A-Za-zÀ-ÖØ-öø-ȟΑ-ΡΣ-ώЀ-ҁא-תء-غف-يअ-हก-ะぁ-ゔァ-ヺ㐀-䶵一-龥가-힣]"
+    r"(?=[ \t\n\r\u3000。，、！？；：.,!?;:])"
+)
 # byte-level BPE writes its tokens with a visible character for each byte: the byte's own, else one from U+0100 on
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {chr(b): b for b in VISIBLE}
@@ -61,8 +66,8 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """The text's ids, [tokens] of `dtype`. UserError where the text cannot be expressed."""
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text."""
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text's ids, as `encode` gives them; many short texts cost less so than one by one."""
         return [self.encode(text) for text in texts]
 
     @abstractmethod
@@ -147,20 +152,29 @@ class CharTokenizer(Tokenizer):
         return super().meta() | {"chars": self.chars, "byte_fallback": self.byte_fallback}
 
     def encode(self, text: str) -> np.ndarray:
+        return self._encode(text, np.zeros(0, np.intp))[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            return _split(*self._encode("".join(texts), np.cumsum([len(text) for text in texts], dtype=np.intp)))
+        except UserError:  # its position is to be that in its own text
+            return super().encode_batch(texts)
+
+    def _encode(self, text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The text's ids, and where among them these positions in the text have come to be."""
         codes = code_points(text)
-        ids = self._id_of[codes]  # [characters], -1 where unknown
-        unknown = ids < 0
-        if not unknown.any():
-            return ids.astype(self.dtype)
+        ids = self._id_of.take(codes)  # [characters]
+        if ids.max(initial=0) < self._no_id:
+            return ids.astype(self.dtype, copy=False), ends
         if not self.byte_fallback:
             raise self.unknown_error(self.unknown(text))
-        rare = codes[unknown]
-        width = np.ones(len(ids), np.int64)  # tokens for each character
-        width[unknown] += (rare >= 0x80).astype(np.int64) + (rare >= 0x800) + (rare >= 0x10000)
-        ids = np.repeat(ids, width)
-        utf8 = rare.tobytes().decode("utf-32-le").encode("utf-8")
-        ids[ids < 0] = len(self.chars) + np.frombuffer(utf8, np.uint8).astype(np.int32)
-        return ids.astype(self.dtype)
+        at = np.flatnonzero(ids == self._no_id)
+        rare = codes[at]
+        more = (rare >= 0x80).astype(np.intp) + (rare >= 0x800) + (rare >= 0x10000)  # bytes after its first
+        utf8 = np.frombuffer(rare.tobytes().decode("utf-32-le").encode("utf-8"), np.uint8)
+        ids = np.insert(ids, np.repeat(at, more), self._no_id)
+        ids[ids == self._no_id] = utf8.astype(ids.dtype) + ids.dtype.type(len(self.chars))
+        return ids.astype(self.dtype, copy=False), ends + np.cumsum([0, *more])[at.searchsorted(ends)]
 
     def decode(self, ids: Iterable[int]) -> str:
         ids = self._checked(ids)
@@ -177,7 +191,7 @@ class CharTokenizer(Tokenizer):
     def unknown(self, text: str) -> dict[str, int]:
         """The characters that the vocabulary lacks, each with its first position in `text`, in that order."""
         codes = code_points(text)
-        at = np.flatnonzero(self._id_of[codes] < 0)
+        at = np.flatnonzero(self._id_of[codes] == self._no_id)
         _, first = np.unique(codes[at], return_index=True)
         return {text[i]: i for i in at[np.sort(first)].tolist()}
 
@@ -191,10 +205,15 @@ class CharTokenizer(Tokenizer):
         )
 
     @cached_property
-    def _id_of(self) -> np.ndarray:  # [code points] int32
-        table = np.full(CODE_POINTS, -1, np.int32)
-        table[code_points(self.chars)] = np.arange(len(self.chars), dtype=np.int32)
+    def _id_of(self) -> np.ndarray:  # [code points]
+        dtype = np.uint16 if self.vocab_size < 65536 else np.uint32  # the smaller, the more of it stays in a cache
+        table = np.full(CODE_POINTS, np.iinfo(dtype).max, dtype)
+        table[code_points(self.chars)] = np.arange(len(self.chars), dtype=dtype)
         return table
+
+    @property
+    def _no_id(self) -> int:  # where a character is unknown
+        return int(np.iinfo(self._id_of.dtype).max)
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:  # [vocab_size]
@@ -213,11 +232,28 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         check_text(text)
-        parts = cut_up(text)
+        return self._encode(text, set())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if any(END_OF_TEXT in text for text in texts):  # there it is text, which cannot also stand between texts
+            return super().encode_batch(texts)
+        for text in texts:
+            check_text(text)
+        ids = self._encode("".join([text + END_OF_TEXT for text in texts]), {END_OF_TEXT})
+        is_end = ids == self.end_of_text
+        return _split(ids[~is_end], np.flatnonzero(is_end) - np.arange(len(texts)))
+
+    def _encode(self, text: str, special: set[str]) -> np.ndarray:
+        """The text's ids, where what is in `special` and in the text is a token. No CUT is inside <|endoftext|>."""
+        library, parts = self._encoding, cut_up(text)
+
+        def encode(part: str) -> np.ndarray:  # encode_to_numpy makes no list, and other threads may run meanwhile
+            return library.encode_to_numpy(part, allowed_special=special, disallowed_special=()).astype(self.dtype)
+
         if len(parts) == 1:
-            return np.array(self._encoding.encode_ordinary(text), self.dtype)
-        encoded = self._encoding.encode_ordinary_batch(parts, num_threads=min(8, os.cpu_count() or 1))
-        return np.concatenate([np.array(ids, self.dtype) for ids in encoded])
+            return encode(text)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return np.concatenate(list(pool.map(encode, parts)))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(self._checked(ids).tolist())
@@ -287,14 +323,19 @@ class BPETokenizer(Tokenizer):
         return super().meta() | {"pipeline": self._pipeline, "added": self._added}
 
     def encode(self, text: str) -> np.ndarray:
-        check_text(text)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            check_text(text)
         library = self._tokenizer
-        parts = cut_up(text) if self._can_be_cut else [text]
+        parts = [cut_up(text) if self._can_be_cut else [text] for text in texts]
         try:
-            encoded = library.encode_batch_fast(parts, add_special_tokens=False)
+            encoded = library.encode_batch_fast([part for own in parts for part in own], add_special_tokens=False)
         except Exception as error:  # the library raises nothing more precise
             raise UserError(f"the tokenizer cannot encode this text: {error}") from error
-        return np.concatenate([np.array(part.ids, self.dtype) for part in encoded])
+        ids = iter([np.array(part.ids, self.dtype) for part in encoded])
+        return [np.concatenate([next(ids) for _ in own]) for own in parts]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join([self._bytes_of[id] for id in self._checked(ids).tolist()])
@@ -390,13 +431,18 @@ def _bytes_of_token(token: str, steps: list[dict[str, Any]]) -> bytes:
     return token.encode("utf-8", errors="replace")
 
 
-def cut_up(text: str, size: int = 2**16) -> list[str]:
+def cut_up(text: str, size: int = 2**14) -> list[str]:
     """The text in pieces of at least `size` characters that may be encoded apart, where it has a CUT."""
     parts, start = [], 0
     while len(text) - start > 2 * size and (match := CUT.search(text, start + size)):
         parts.append(text[start : match.end()])
         start = match.end()
     return [*parts, text[start:]]
+
+
+def _split(ids: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    """The parts of `ids` that end at these positions."""
+    return [ids[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
 
 def last_cut(text: str, start: int = 0) -> int:

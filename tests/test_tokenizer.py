@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+import unicodedata
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from configurator import UserError
 from tokenizer import (
+    CUT,
     BPETokenizer,
     CharTokenizer,
     GPT2Tokenizer,
@@ -82,6 +84,14 @@ def test_any_text_round_trips_and_has_the_ids_of_the_slow_loop(text, chars):
     assert t.decode(t.encode_prompt(text)) == text
 
 
+@given(st.lists(texts, max_size=6), st.text(alphabet="ab，。好\n 😀"))
+def test_a_batch_has_the_ids_of_each_text(texts, chars):
+    chars = "".join(sorted(set(chars)))
+    batch = CharTokenizer(chars, byte_fallback=True, end_of_text=False).encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [slow_ids(text, chars) for text in texts]
+    assert all(ids.dtype == np.uint16 for ids in batch)
+
+
 @given(st.lists(st.integers(0, 3 + 256)))
 def test_any_ids_decode_as_in_the_slow_loop(ids):
     t = CharTokenizer("aé好", byte_fallback=True, end_of_text=False)
@@ -114,6 +124,8 @@ def test_unknown_characters_are_named():
     with pytest.raises(UserError) as error:
         t.encode("0123456789X")
     assert "'9'" in str(error.value) and "'X'" not in str(error.value) and "…" in str(error.value)
+    with pytest.raises(UserError, match="first at position 1\\)"):
+        t.encode_batch(["ab", "b好"])
 
 
 @pytest.mark.parametrize(
@@ -122,6 +134,8 @@ def test_unknown_characters_are_named():
 def test_lone_surrogate_is_a_sentence(tokenizer):
     with pytest.raises(UserError, match=r"U\+D83D\) at position 1"):
         tokenizer.encode("a\ud83d")
+    with pytest.raises(UserError, match=r"U\+D83D\) at position 1"):
+        tokenizer.encode_batch(["ab", "a\ud83d", "\ude00"])
 
 
 @pytest.mark.parametrize("id", [-1, 260, 10**6])
@@ -140,6 +154,12 @@ def test_ids_are_32_bits_from_65537_tokens_on():
     ids = more.encode_prompt("aé" + END)
     assert ids.dtype == np.uint32 and ids.tolist() == [65279, 65280 + 0xC3, 65280 + 0xA9, 65536]
     assert more.decode(ids) == "aé" + END
+    every = "".join(map(chr, range(0x20000, 0x20000 + 65536)))
+    for count in (65534, 65535, 65536):  # the last id of 16 bits is a character's, or nobody's
+        t = CharTokenizer(every[:count], byte_fallback=False, end_of_text=False)
+        assert t.dtype == np.uint16 and t.encode(every[:count]).tolist() == list(range(count))
+        with pytest.raises(UserError, match="lacks 'a'"):
+            t.encode("a")
 
 
 # ---- GPT-2
@@ -188,6 +208,24 @@ def test_gpt2_long_text_in_threads(tiktoken_gpt2):
     text = "".join(f"第{n}回，she's gone {n * n}!\n\n  “{n}”。" for n in range(12000)) + "x" * 70000
     assert len(text) > 3 * 2**16
     assert GPT2Tokenizer().encode(text).tolist() == tiktoken_gpt2.encode_ordinary(text)
+
+
+@needs_gpt2
+@given(st.lists(mixed | words | st.sampled_from([END, "a  ", "\n" + END[:5]]), max_size=8))
+@settings(deadline=None, max_examples=200)
+def test_gpt2_batches_are_tiktokens(tiktoken_gpt2, texts):
+    batch = GPT2Tokenizer().encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == tiktoken_gpt2.encode_ordinary_batch(texts)
+    assert all(ids.dtype == np.uint16 for ids in batch)
+
+
+@needs_gpt2
+def test_gpt2_batch_of_short_and_long_texts_in_threads(tiktoken_gpt2):
+    rng = random.Random(5)
+    story = (ROOT / "data" / "chinese" / "stories_zh.txt").read_text(encoding="utf-8")
+    texts = ["", story, *sliced("ab the 的，\n\t 我1.<|>é'", 2000), "", story[:50000] * 2, "x" * 70000, " " * 70000]
+    rng.shuffle(texts)
+    assert [ids.tolist() for ids in GPT2Tokenizer().encode_batch(texts)] == tiktoken_gpt2.encode_ordinary_batch(texts)
 
 
 @needs_gpt2
@@ -278,7 +316,7 @@ def test_the_librarys_ids_and_text(name):
     assert ours.encode("").dtype == np.uint16 and ours.decode([]) == ""
     for text in random_texts(2000):
         ids = theirs.encode(text, add_special_tokens=False).ids
-        assert ours.encode(text).tolist() == ids
+        assert ours.encode(text).tolist() == ids and ours.encode_batch(["", text, text])[1].tolist() == ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False)
         assert b"".join(ours.decode_bytes([id]) for id in ids) == ours.decode_bytes(ids)
         if ours.lossless:
@@ -357,6 +395,14 @@ def test_pieces_that_are_cut_have_the_ids_of_the_whole(tmp_path, name):
     assert len(cut_up(long)) > 3 and "".join(cut_up(long)) == long
     whole = t._tokenizer.encode(long, add_special_tokens=False).ids
     assert t.encode(long).tolist() == whole
+    batch = ["a, b", long, "", "c"]
+    assert [ids.tolist() for ids in t.encode_batch(batch)] == [t.encode(text).tolist() for text in batch]
+
+
+def test_cuts_are_after_letters_and_digits_of_old_and_elsewhere_nowhere():
+    old = {c for c in map(chr, range(0x110000)) if CUT.match(c + " ")}
+    assert {unicodedata.ucd_3_2_0.category(c)[0] for c in old} == {"L", "N"}
+    assert {*"09azAZé中龥ぁンж한"} <= old and not {*" _。\u0301😀"} & old
 
 
 def test_where_nothing_may_be_cut():
