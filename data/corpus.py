@@ -45,7 +45,7 @@ from tokenizer import (
 )
 from writing import SPLITS, DatasetWriter, end_text, progress_bar
 
-CHUNK = 2**20  # characters counted, encoded and checked at once
+CHUNK = 2**18  # characters counted and encoded at once, few enough to stay in a cache
 LEFT_OUT = len(SPLITS)  # the fate of a document that is in neither
 BPE_SAMPLE = 50_000_000  # characters that a BPE is trained on, evenly taken from a larger text
 DEFAULTS = {  # what a prepare.py that lacks a setting means
@@ -389,7 +389,8 @@ def notes_of(s: Survey, o: Config, ended: bool) -> list[str]:
     """What a reader of the summary should know besides."""
     lines = []
     if s.found.encodings:
-        lines.append("encodings: " + ", ".join(f"{name} ({n:,} files)" for name, n in s.found.encodings.most_common()))
+        names = (f"{name} ({n:,} file{'s' * (n > 1)})" for name, n in s.found.encodings.most_common())
+        lines.append("encodings: " + ", ".join(names))
     odd = s.counts.characters()
     kept = {"U+3000 (ideographic space)": odd.get("\u3000"), "NUL": odd.get("\0"), "U+FFFD": odd.get("\ufffd")}
     if any(kept.values()):
@@ -436,14 +437,14 @@ def encodable(
 
 
 def batches(parts: Iterable[tuple[str, str, bool]]) -> Iterator[tuple[str, list[str], list[bool]]]:
-    """(split, texts, whether a document ends behind each), up to about CHUNK / 4 characters at once."""
+    """(split, texts, whether a document ends behind each), up to about CHUNK characters at once."""
     waiting: dict[str, tuple[list[str], list[bool]]] = {split: ([], []) for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
     for split, text, ends in parts:
         for items, item in zip(waiting[split], (text, ends), strict=True):
             items.append(item)
         sizes[split] += len(text) + 1
-        if sizes[split] >= CHUNK // 4:
+        if sizes[split] >= CHUNK:
             yield split, *waiting[split]
             waiting[split], sizes[split] = ([], []), 0
     for split in SPLITS:
