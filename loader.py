@@ -4,20 +4,30 @@ Training draws its sequences without replacement. Of N tokens and contexts of T,
 blocks, shifted by a phase of its own and in an order of its own, both keyed by (seed, epoch); the order is a keyed
 permutation (a Feistel network, walked until it lands inside the range), which needs no table at any size.
 Evaluation reads fixed windows, evenly spread, and draws from nothing.
+
+Of a mixture of datasets, each thousand sequences has as many of each dataset as its weight says, in an order of its
+own; the n-th sequence of the run is the m-th of its dataset, and that is drawn as above. A dataset is drawn by its
+weight and not by its size, as GPT-3's were (Brown et al. 2020, table 2.2): the small and good ones more than once.
 """
 
 import itertools
+import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from configurator import ROOT, UserError
+from configurator import ROOT, UserError, user_errors
 from model import derive_seed
 from tokenizer import read_meta, settle
+
+DRAWN_TOGETHER = 1000  # sequences in which each dataset of a mixture has its share
 
 
 @dataclass(frozen=True)
@@ -36,14 +46,98 @@ class Tokens:
         return torch.from_numpy(block[:, :-1].copy()), torch.from_numpy(block[:, 1:].copy())
 
 
+@dataclass(frozen=True)
+class Part:
+    """A dataset, and its share of what is drawn."""
+
+    name: str  # as the user wrote it
+    folder: Path
+    share: Fraction  # those of all parts add up to 1
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One split of each of the datasets that are drawn from; most often of one alone."""
+
+    parts: tuple[Part, ...]
+    tokens: tuple[Tokens, ...]  # each part's
+
+    def blocks(self, block_size: int) -> list[int]:
+        """How many sequences an epoch of each dataset has. An epoch of the mixture has as many as all together."""
+        return [blocks_per_epoch(len(tokens.ids), block_size) for tokens in self.tokens]
+
+    def epochs(self, n: int, block_size: int, seed: int) -> list[float]:
+        """How often the first n sequences have been through each dataset."""
+        drawn = drawn_before(n, tuple(part.share for part in self.parts), seed)
+        return [sequences / blocks for sequences, blocks in zip(drawn, self.blocks(block_size), strict=True)]
+
+    def mean(self, figures: list[tuple[float, ...]]) -> tuple[float, ...]:
+        """The means, weighted by the shares, of figures of which each dataset has its own."""
+        shares = [float(part.share) for part in self.parts]
+        return tuple(math.fsum(s * v for s, v in zip(shares, each, strict=True)) for each in zip(*figures, strict=True))
+
+    def windows(
+        self, numbers: np.ndarray, block_size: int, vocab_size: int, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y of the run's sequences with these numbers, as those of Tokens. UserError on an id too large."""
+        which, own = draw(numbers, tuple(part.share for part in self.parts), seed)
+        x, y = (torch.empty(len(which), block_size, dtype=torch.int64) for _ in range(2))
+        for i in np.unique(which).tolist():
+            here = which == i
+            own_seed = derive_seed(seed, "dataset", i) if len(self.parts) > 1 else seed
+            starts = sequence_starts(own[here], len(self.tokens[i].ids), block_size, own_seed)
+            x[here], y[here] = self.tokens[i].windows(starts, block_size, vocab_size)
+        return x, y
+
+
+def parts_of(dataset: str) -> tuple[Part, ...]:
+    """One dataset, by its name or path, or a mixture: 'wiki:6,novels:3'. The weights need not add up to anything.
+
+    What lies there under the whole text is one dataset. UserError for a mixture that makes no sense, or is not there.
+    """
+    texts = [text.strip() for text in dataset.split(",")]
+    mixed = len(texts) > 1 or _named_and_weighed(dataset)
+    if not mixed or any(os.path.exists(folder) for folder in _places(dataset)):
+        return (Part(dataset, dataset_folder(dataset), Fraction(1)),)
+    if len(texts) > DRAWN_TOGETHER:
+        raise UserError(f"dataset: a mixture of {len(texts):,} datasets, expected {DRAWN_TOGETHER:,} at most")
+    found: dict[Path, tuple[str, Path, Fraction]] = {}
+    for text in texts:
+        if not (pair := _named_and_weighed(text)):
+            raise UserError(f"dataset: {text!r} in a mixture: expected NAME:WEIGHT between commas, such as wiki:0.6")
+        name, weight = pair
+        folder = dataset_folder(name)
+        if folder.resolve() in found:
+            raise UserError(f"dataset: {text!r} in a mixture that has {folder} already: give it once, with one weight")
+        try:
+            if not 0 < float(weight) < math.inf:  # before Fraction, which would write 1e999999999 out
+                raise ValueError
+            found[folder.resolve()] = name, folder, Fraction(weight)
+        except ValueError:
+            raise UserError(f"dataset: {text!r} in a mixture: expected a finite weight above 0, as {name}:1") from None
+    total = sum(weight for _, _, weight in found.values())
+    return tuple(Part(name, folder, weight / total) for name, folder, weight in found.values())
+
+
+def _named_and_weighed(text: str) -> tuple[str, str] | None:
+    """The two sides of the last colon; None where there are none, or a path goes on behind it, as in C:\\data."""
+    name, colon, weight = (side.strip() for side in text.rpartition(":"))
+    return (name, weight) if name and colon and not {"/", "\\"} & set(weight) else None
+
+
+def _places(name: str) -> tuple[Path, ...]:
+    return Path(name), Path("data") / name, ROOT / "data" / name
+
+
 def dataset_folder(name: str) -> Path:
     """Where a dataset lies: a folder's path, or data/<name> here or beside the scripts. UserError if nowhere."""
-    for folder in (Path(name), Path("data") / name, ROOT / "data" / name):
+    for folder in _places(name):
         settle(folder)
-        if (folder / "train.bin").is_file():
+        if os.path.isfile(folder / "train.bin"):  # Path.is_file raises for a name too long, such as a mixture's
             return folder
     prepare = ROOT / "data" / name / "prepare.py"
-    how = f"make it with: python data/{name}/prepare.py" if prepare.is_file() else "its folder needs train.bin, val.bin"
+    there = os.path.isfile(prepare)
+    how = f"make it with: python data/{name}/prepare.py" if there else "its folder needs train.bin, val.bin"
     raise UserError(f"dataset {name} is not there (looked for train.bin in {ROOT / 'data' / name}); {how}")
 
 
@@ -63,14 +157,25 @@ def open_split(folder: Path, split: str, block_size: int) -> Tokens:
     n = size // dtype.itemsize
     if n < block_size + 1:
         raise UserError(f"{path} has {n:,} tokens, fewer than block_size + 1 = {block_size + 1}: lower --block_size")
-    return Tokens(path, np.memmap(path, dtype=dtype, mode="r"))
+    with user_errors(OSError, about="a dataset cannot be read"):
+        return Tokens(path, np.memmap(path, dtype=dtype, mode="r"))
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
-    """What tells a dataset's files from others: their sha256 where meta.json has it, else their sizes."""
-    files = read_meta(folder).get("files", {})
-    names = ("train.bin", "val.bin")
-    return {n: files.get(n, {}).get("sha256") or f"{(folder / n).stat().st_size} bytes" for n in names}
+def open_mixture(parts: tuple[Part, ...], split: str, block_size: int) -> Mixture:
+    """train.bin or val.bin of every part; UserError as open_split's."""
+    return Mixture(parts, tuple(open_split(part.folder, split, block_size) for part in parts))
+
+
+def fingerprint(parts: tuple[Part, ...]) -> dict[str, str]:
+    """What tells the datasets' files from others: their sha256 where meta.json has it, else their sizes; in a mixture
+    under the place and the share of each, which decide as well what is drawn."""
+    found = {}
+    for i, part in enumerate(parts):
+        files = read_meta(part.folder).get("files", {})
+        for name in ("train.bin", "val.bin"):
+            key = f"{i}: {part.share} of {name}" if len(parts) > 1 else name
+            found[key] = files.get(name, {}).get("sha256") or f"{(part.folder / name).stat().st_size} bytes"
+    return found
 
 
 def check_vocabulary(tokens: Tokens, meta: dict, vocab_size: int) -> None:
@@ -106,6 +211,53 @@ def sequence_starts(numbers: np.ndarray, n_tokens: int, block_size: int, seed: i
         order = permute(positions[here], blocks, derive_seed(seed, "order", int(epoch)))
         starts[here] = phase + order * block_size
     return starts
+
+
+def shared_out(n: int, shares: tuple[Fraction, ...]) -> list[int]:
+    """How many of n sequences each dataset has.
+
+    The list is halved, n is shared out between the halves, to the nearest whole number, and so on down to the single
+    dataset: so no count falls where n grows, as it would if each count, or each sum of counts, were rounded by itself.
+    Where every n * share is whole, those are the counts; else a halving can shift a count by 1/2, so that it is right
+    to 1 among four datasets.
+    """
+    if len(shares) == 1:
+        return [n]
+    half = len(shares) // 2
+    left = math.floor(n * sum(shares[:half]) / sum(shares) + Fraction(1, 2))
+    return shared_out(left, shares[:half]) + shared_out(n - left, shares[half:])
+
+
+def draw(numbers: np.ndarray, shares: tuple[Fraction, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """For the run's sequence numbers, int64 [k]: the place of its dataset, and its number there, that is, how many
+    sequences of that dataset come before it; int64 [k] each."""
+    numbers = np.asarray(numbers, np.int64)
+    which, own = np.zeros_like(numbers), numbers.copy()
+    if len(shares) > 1:
+        thousands, places = np.divmod(numbers, DRAWN_TOGETHER)
+        for thousand in np.unique(thousands):
+            here = thousands == thousand
+            which[here], own[here] = (column[places[here]] for column in _thousand(int(thousand), shares, seed))
+    return which, own
+
+
+def drawn_before(n: int, shares: tuple[Fraction, ...], seed: int) -> list[int]:
+    """How many of the first n sequences are of each dataset."""
+    counts = shared_out(n - n % DRAWN_TOGETHER, shares)
+    which, _ = draw(np.arange(n - n % DRAWN_TOGETHER, n), shares, seed)
+    return (np.array(counts) + np.bincount(which, minlength=len(shares))).tolist()
+
+
+@lru_cache(maxsize=8)
+def _thousand(thousand: int, shares: tuple[Fraction, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What draw() gives for all the sequences of one thousand, kept for the batches that come next."""
+    before, after = (np.array(shared_out(t * DRAWN_TOGETHER, shares)) for t in (thousand, thousand + 1))
+    order = permute(np.arange(DRAWN_TOGETHER), DRAWN_TOGETHER, derive_seed(seed, "mixture", thousand))
+    which = np.repeat(np.arange(len(shares)), after - before)[order]
+    own = before[which]
+    for i in np.unique(which):
+        own[which == i] += np.arange(after[i] - before[i])
+    return which, own
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -145,7 +297,7 @@ def evaluation_batches(n_tokens: int, block_size: int, batch_size: int, batches:
 
 
 def training_batches(
-    tokens: Tokens,
+    data: Mixture,
     block_size: int,
     batch_size: int,
     micro_steps: int,
@@ -165,8 +317,7 @@ def training_batches(
 
     def read(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         numbers = first + (step * micro_steps + micro_step) * batch_size + np.arange(batch_size)
-        starts = sequence_starts(numbers, len(tokens.ids), block_size, seed)
-        pair = tokens.windows(starts, block_size, vocab_size)
+        pair = data.windows(numbers, block_size, vocab_size, seed)
         return tuple(t.pin_memory() for t in pair) if cuda else pair
 
     places = ((step, m) for step in itertools.count() for m in range(rank, micro_steps, world_size))

@@ -74,7 +74,7 @@ class Reporter:
         if self.log:
             self.log.write(kind=kind, **figures)
         if self.wandb:
-            self.wandb.log({k if k == "iter" else f"{kind}/{k}": v for k, v in figures.items()})
+            self.wandb.log({k if k == "iter" else f"{kind}/{k}": v for k, v in flat(figures).items()})
 
     def restart_clock(self) -> None:
         """After an interruption of training that does not count as its time."""
@@ -150,6 +150,15 @@ class Reporter:
         self.say(f"epoch {epochs}: mean loss {mean:.4f}, time {p.epoch_seconds:.1f}s")
         self.record("epoch", iter=p.iter_num - 1, epoch=epochs, mean_loss=mean, seconds=p.epoch_seconds)
         p.epoch_loss, p.epoch_iters, p.epoch_seconds = 0.0, 0, 0.0
+
+
+def flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures inside figures under one name each: {"datasets": {"wiki": 1}} as {"datasets/wiki": 1}."""
+    found = {}
+    for key, value in figures.items():
+        inner = flat(value) if isinstance(value, dict) else {}
+        found |= {f"{key}/{k}": v for k, v in inner.items()} if inner else {key: value}
+    return found
 
 
 class Diverged(UserError):

@@ -14,7 +14,7 @@ import checkpoint
 from configurator import Config, UserError, coerce, note, user_errors
 from device import choose_device, choose_dtype
 from generate import prompt_ids
-from loader import Tokens, blocks_per_epoch, check_vocabulary, dataset_folder, fingerprint, open_split
+from loader import Mixture, Part, check_vocabulary, fingerprint, open_mixture, parts_of
 from model import GPT, GPTConfig, derive_seed
 from processes import Processes, join_processes
 from progress import Progress, Reporter, what_is_done
@@ -34,14 +34,14 @@ class Run:
     scaler: torch.amp.GradScaler
     progress: Progress
     reporter: Reporter
-    data: dict[str, str]  # the dataset's fingerprint
-    template: str = ""  # how the dataset lays out a document, as in its meta.json
+    data: dict[str, str]  # the datasets' fingerprint
+    template: str = ""  # how the dataset lays out a document, as in its meta.json; the first that says so
     files: RunDir | None = None
     started_at: int = 0  # the iteration from which this process goes on
     whole: bool = True  # False while an update changes the weights: what is half done is never saved
 
 
-def prepare(c: Config, held: ExitStack) -> tuple[Run, Tokens, Tokens]:
+def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     """Everything that can go wrong before the first step: the machine, the settings, the data, the model, the files,
     which are let go of when `held` ends."""
     processes = join_processes(c.backend, c.device, c.peer_timeout)
@@ -51,18 +51,19 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Tokens, Tokens]:
     inherit(c, state.get("config", {}))
     check(c, processes.world_size)
 
-    folder = dataset_folder(c.dataset)
-    tokenizer = load_tokenizer(folder)
+    parts = parts_of(c.dataset)
+    tokenizer = common_tokenizer(parts)
     torch.manual_seed(derive_seed(c.seed))
     model = build_model(c, path, state, tokenizer)
-    train, val = open_split(folder, "train", c.block_size), open_split(folder, "val", c.block_size)
-    meta, vocab_size = read_meta(folder), model.config.vocab_size
-    processes.first(lambda: [check_vocabulary(tokens, meta, vocab_size) for tokens in (train, val)])
-    data = fingerprint(folder)
+    train, val = open_mixture(parts, "train", c.block_size), open_mixture(parts, "val", c.block_size)
+    metas, vocab_size = [read_meta(part.folder) for part in parts], model.config.vocab_size
+    opened = [*zip(train.tokens, metas, strict=True), *zip(val.tokens, metas, strict=True)]
+    processes.first(lambda: [check_vocabulary(tokens, meta, vocab_size) for tokens, meta in opened])
+    data = fingerprint(parts)
     if state.get("data", data) != data:
         note(f"warning: the dataset {c.dataset} is no longer the one that this run began with")
     per_step = c.batch_size * c.gradient_accumulation_steps
-    epoch_length = blocks_per_epoch(len(train.ids), c.block_size)
+    epoch_length = sum(train.blocks(c.block_size))
     if c.epochs:
         c.max_iters = max(1, c.epochs * epoch_length // per_step)
         if "lr_decay_iters" not in c.given and not state:
@@ -84,7 +85,7 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Tokens, Tokens]:
             setattr(progress, key, value)
     reporter = Reporter(c, processes, model, progress, scaler.is_enabled())
     r = Run(c, processes, model, tokenizer, optimizer, scaler, progress, reporter, data, started_at=progress.iter_num)
-    r.template = meta.get("template", "")
+    r.template = next((meta["template"] for meta in metas if meta.get("template")), "")
     reporter.say(
         f"tokens per iteration will be: {per_step * c.block_size:,}; "
         f"an epoch is {epoch_length / per_step:,.1f} iterations"
@@ -188,6 +189,18 @@ def check(c: Config, world_size: int) -> None:
             f"processes together, so it must be divisible by {world_size}, such as "
             f"--gradient_accumulation_steps={c.gradient_accumulation_steps * world_size}"
         )
+
+
+def common_tokenizer(parts: tuple[Part, ...]) -> Tokenizer:
+    """The tokenizer of all the datasets; UserError where one has another than the first."""
+    first, tokenizer = parts[0], load_tokenizer(parts[0].folder)
+    for part in parts[1:]:
+        if load_tokenizer(part.folder) != tokenizer:
+            raise UserError(
+                f"the datasets {first.name} and {part.name} have different tokenizers and cannot be mixed: prepare "
+                f"{part.name} again, with --tokenizer={first.folder}"
+            )
+    return tokenizer
 
 
 def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: Tokenizer) -> GPT:

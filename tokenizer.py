@@ -527,7 +527,7 @@ def settle(folder: str | Path) -> None:
     """Ends what a killed prepare.py had begun: a new dataset that is whole, which meta.json.new says, takes the old
     one's place. UserError where the folder cannot be written to."""
     folder = Path(folder)
-    if not (folder / "meta.json.new").exists():
+    if not os.path.exists(folder / "meta.json.new"):  # Path.exists raises for a name too long
         return
     with user_errors(OSError, about=f"the dataset {folder} cannot be put in order"):
         for name in FILES:

@@ -33,7 +33,7 @@ wandb_log = False  # log to Weights & Biases too (WANDB_MODE=offline works)
 wandb_project = "owt"  # its project
 wandb_run_name = "gpt2"  # its run
 # data
-dataset = "openwebtext"  # a folder in data/, or a path to one
+dataset = "openwebtext"  # a folder in data/, or a path to one; or several with weights: 'wiki:0.6,novels:0.4'
 gradient_accumulation_steps = 5 * 8  # micro-steps in an iteration, over all processes together
 batch_size = 12  # sequences in a micro-step
 block_size = 1024  # tokens in a sequence: the model's context
@@ -47,7 +47,7 @@ bias = False  # biases in Linears and LayerNorms
 # AdamW
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # iterations, that is, updates of the weights, in all
-epochs = 0  # passes over the training split, in place of max_iters; 0 for max_iters
+epochs = 0  # passes over the training split (of all datasets together), in place of max_iters; 0 for max_iters
 weight_decay = 1e-1  # on matrices and embeddings
 beta1 = 0.9  # decay of the mean of the gradients
 beta2 = 0.95  # decay of the mean of their squares
@@ -79,7 +79,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from device import autocast, can_compile, memory_error_told, try_compiled
 from generate import Sampling, continuations
-from loader import Tokens, blocks_per_epoch, evaluation_batches, training_batches
+from loader import Mixture, evaluation_batches, training_batches
 from model import derive_seed
 from processes import StopSignal
 from progress import Diverged, what_is_done
@@ -100,12 +100,12 @@ def main(c: Config) -> None:
     r.processes.end()
 
 
-def train_until_done(r: Run, train: Tokens, val: Tokens) -> None:
+def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
     """The training loop."""
     c, p = r.c, r.progress
     micro_steps = c.gradient_accumulation_steps // r.processes.world_size
     per_step = c.batch_size * c.gradient_accumulation_steps
-    epoch_length = blocks_per_epoch(len(train.ids), c.block_size)
+    epoch_length = sum(train.blocks(c.block_size))
     ctx = autocast(c.device, c.dtype)
     fast, model = accelerate(r, ctx)
     batches = training_batches(
@@ -247,19 +247,19 @@ def learning_rate_at(iter_num: int, c: Config) -> float:
 
 
 @torch.no_grad()
-def evaluate(r: Run, model: torch.nn.Module, tokens: Tokens, ctx) -> tuple[float, float]:
-    """(mean loss in nats, next-token accuracy) over a split's fixed windows, which the processes share."""
+def evaluate(r: Run, model: torch.nn.Module, split: Mixture, ctx) -> list[tuple[float, float]]:
+    """(mean loss in nats, next-token accuracy) of each dataset over its fixed windows, which the processes share."""
     c = r.c
     model.eval()
-    total = torch.zeros(3, dtype=torch.float64)  # loss, hits, batches
-    offsets = evaluation_batches(len(tokens.ids), c.block_size, c.batch_size, c.eval_iters)
-    for starts in offsets[r.processes.rank :: r.processes.world_size]:
-        x, y = tokens.windows(starts, c.block_size, r.model.config.vocab_size)
-        x, y = x.to(c.device), y.to(c.device)
-        total += torch.tensor([*loss_and_accuracy(model, x, y, ctx), 1.0])
+    totals = torch.zeros(len(split.tokens), 3, dtype=torch.float64)  # loss, hits, batches
+    for tokens, total in zip(split.tokens, totals, strict=True):
+        offsets = evaluation_batches(len(tokens.ids), c.block_size, c.batch_size, c.eval_iters)
+        for starts in offsets[r.processes.rank :: r.processes.world_size]:
+            x, y = tokens.windows(starts, c.block_size, r.model.config.vocab_size)
+            x, y = x.to(c.device), y.to(c.device)
+            total += torch.tensor([*loss_and_accuracy(model, x, y, ctx), 1.0])
     model.train()
-    loss, hits, batches = r.processes.sum(total).tolist()
-    return loss / batches, hits / batches
+    return [(loss / batches, hits / batches) for loss, hits, batches in r.processes.sum(totals).tolist()]
 
 
 @torch.no_grad()
@@ -270,22 +270,27 @@ def loss_and_accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, 
     return loss.item(), (logits.argmax(-1) == y).float().mean().item()
 
 
-def evaluate_and_save(r: Run, model: torch.nn.Module, train: Tokens, val: Tokens, ctx, epoch: float) -> None:
+def evaluate_and_save(r: Run, model: torch.nn.Module, train: Mixture, val: Mixture, ctx, epoch: float) -> None:
     """Prints and logs the losses of both splits; saves ckpt.pt if this is the best yet, and last.pt."""
     c, p = r.c, r.progress
     r.reporter.settle()
-    (train_loss, _), (val_loss, accuracy) = evaluate(r, model, train, ctx), evaluate(r, model, val, ctx)
+    on_train, on_val = evaluate(r, model, train, ctx), evaluate(r, model, val, ctx)
+    (train_loss, _), (val_loss, accuracy) = train.mean(on_train), val.mean(on_val)
     r.reporter.say(
         f"step {p.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, "
         f"val accuracy {accuracy:.2%}, epoch {epoch:.2f}"
     )
+    if datasets := figures_of_datasets(r, train, on_train, on_val):
+        one = "{} ({weight:.2%}): val loss {val_loss:.4f}, epoch {epoch:.2f}".format
+        r.reporter.say("  " + "; ".join(one(name, **figures) for name, figures in datasets.items()))
     if c.eval_only:
         return
     if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
         raise Diverged(f"the loss at iteration {p.iter_num}", p.iter_num)
     r.reporter.record(
-        "eval", iter=p.iter_num, train_loss=train_loss, val_loss=val_loss, val_accuracy=accuracy, epoch=epoch
-    )
+        "eval", iter=p.iter_num, train_loss=train_loss, val_loss=val_loss, val_accuracy=accuracy, epoch=epoch,
+        **({"datasets": datasets} if datasets else {}),
+    )  # fmt: skip
     if p.evaluated_at != p.iter_num:
         p.stale_evaluations = 0 if val_loss < p.best_val_loss else p.stale_evaluations + 1
         p.best_val_loss, p.evaluated_at = min(val_loss, p.best_val_loss), p.iter_num
@@ -296,6 +301,20 @@ def evaluate_and_save(r: Run, model: torch.nn.Module, train: Tokens, val: Tokens
     elif r.files and p.iter_num and val_loss < r.files.best_val_loss:
         save(r, val_loss)  # ckpt.pt is damaged, or an earlier run's
     r.reporter.restart_clock()
+
+
+def figures_of_datasets(
+    r: Run, train: Mixture, on_train: list[tuple[float, float]], on_val: list[tuple[float, float]]
+) -> dict[str, dict[str, float]]:
+    """What an evaluation found for each dataset of a mixture, by name; nothing for one alone, whose figures are the
+    run's. An epoch is one of the dataset's own."""
+    if len(train.parts) == 1:
+        return {}
+    epochs = train.epochs(r.progress.sequences_seen, r.c.block_size, r.c.seed)
+    return {
+        part.name: {"weight": float(part.share), "train_loss": a, "val_loss": b, "val_accuracy": right, "epoch": own}
+        for part, (a, _), (b, right), own in zip(train.parts, on_train, on_val, epochs, strict=True)
+    }
 
 
 def state_of(r: Run) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from loader import (
     check_vocabulary,
     dataset_folder,
     evaluation_batches,
+    open_mixture,
     open_split,
+    parts_of,
     permute,
     sequence_starts,
     training_batches,
@@ -86,7 +88,7 @@ def take(batches, n):
 
 
 def test_processes_share_what_one_process_reads_alone(tmp_path):
-    tokens = open_split(make(tmp_path), "train", 8)
+    tokens = open_mixture(parts_of(str(make(tmp_path))), "train", 8)
     common = dict(block_size=8, batch_size=2, micro_steps=4, vocab_size=50, seed=9, first=6, device="cpu")
     alone = take(training_batches(tokens, rank=0, world_size=1, **common), 12)
     assert [m for m, _, _ in alone] == [0, 1, 2, 3] * 3
