@@ -157,7 +157,7 @@ def open_split(folder: Path, split: str, block_size: int) -> Tokens:
     n = size // dtype.itemsize
     if n < block_size + 1:
         raise UserError(f"{path} has {n:,} tokens, fewer than block_size + 1 = {block_size + 1}: lower --block_size")
-    with user_errors(OSError, about="a dataset cannot be read"):
+    with user_errors(OSError, about=f"{path} cannot be read"):
         return Tokens(path, np.memmap(path, dtype=dtype, mode="r"))
 
 
