@@ -3,6 +3,8 @@
 Notable choices:
 - `char` keeps nanoGPT's ids (characters in code-point order). With byte fallback, 256 byte tokens and <|endoftext|>
   follow, so that any text round-trips: a character outside the vocabulary becomes the bytes of its UTF-8.
+- `train_bpe` makes a BPE for a text of one's own. It never merges Chinese characters with letters, digits or
+  punctuation, so that its tokens are words and parts of words.
 - In a text, <|endoftext|> spelled out is thirteen plain characters; only `encode_prompt` reads it as the token.
 - Each token has bytes of its own, whatever the kind, so that a text can be shown while it grows.
 - A dataset folder says which tokenizer it is for: meta.json (ours), meta.pkl (nanoGPT's), or nothing (GPT-2's).
@@ -14,7 +16,7 @@ import os
 import pickle
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -42,6 +44,29 @@ CUT = re.compile(
     "[0-9A-Za-zÀ-ÖØ-öø-ȟΑ-ΡΣ-ώЀ-ҁא-תء-غف-يअ-हก-ะぁ-ゔァ-ヺ㐀-䶵一-龥가-힣]"
     r"(?=[ \t\n\r\u3000。，、！？；：.,!?;:])"
 )
+# What `train_bpe` merges within: an English ending; Chinese characters; other letters; digits; punctuation; line breaks
+# and the indentation after them; indentation; other spaces, but the last, which goes with what follows. A CUT ends a
+# piece here too. The bounds are for training, in which the time for a piece grows with its square.
+PIECES = "|".join(
+    (
+        r"'(?:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])",
+        r"\p{Han}{1,32}",
+        r" ?[\p{L}\p{M}&&[^\p{Han}]]{1,64}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{M}\p{N}\p{Han}]{1,64}",
+        "[\\r\\n]{1,64}\u3000{0,64}",
+        "\u3000{1,64}",
+        "[^\\S\\r\\n\u3000]{1,64}(?!\\S)",
+        "[^\\S\\r\\n\u3000]{1,64}",
+    )
+)
+PRE_TOKENIZER = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": PIECES}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
 # byte-level BPE writes its tokens with a visible character for each byte: the byte's own, else one from U+0100 on
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_OF = {chr(b): b for b in VISIBLE}
@@ -349,10 +374,15 @@ class BPETokenizer(Tokenizer):
         return last_cut(text, start) if self._can_be_cut else 0
 
     @property
-    def _is_byte_level(self) -> bool:  # by GPT-2's own pre-tokenizer, which loses nothing
+    def _splits_as_gpt2(self) -> bool:
         split = self._pipeline["pre_tokenizer"] or {}
         plain = not self._pipeline["normalizer"] and not split.get("add_prefix_space") and split.get("use_regex", True)
         return plain and split.get("type") == "ByteLevel"
+
+    @property
+    def _is_byte_level(self) -> bool:  # by a pre-tokenizer that loses nothing, GPT-2's or ours
+        ours = not self._pipeline["normalizer"] and self._pipeline["pre_tokenizer"] == PRE_TOKENIZER
+        return ours or self._splits_as_gpt2
 
     @property
     def lossless(self) -> bool:
@@ -365,7 +395,7 @@ class BPETokenizer(Tokenizer):
 
     @cached_property
     def _is_gpt2(self) -> bool:
-        if not (self.vocab_size == 50257 and self.end_of_text == 50256 and self._is_byte_level):
+        if not (self.vocab_size == 50257 and self.end_of_text == 50256 and self._splits_as_gpt2):
             return False
         return hashlib.sha256("\n".join(sorted(self.ids, key=self.ids.get)).encode("utf-8")).hexdigest() == GPT2_SHA256
 
@@ -390,6 +420,38 @@ class BPETokenizer(Tokenizer):
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # spelled out in a text, they are text
         return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A byte-level BPE of `texts` with `vocab_size` tokens: 256 bytes, the merges, and <|endoftext|>, the last.
+
+    There are fewer tokens where the texts have fewer pairs that occur twice, and never a merge between two texts. The
+    same texts give the same tokenizer. Takes about 80 bytes of memory and 2 microseconds for each byte of texts that do
+    not repeat themselves: 3.4 GB and two minutes for 42 MB of novels; of more, a sample does. UserError for a wrong
+    vocab_size, a lone surrogate, and where the package `tokenizers` is missing.
+    """
+    if not 257 <= vocab_size <= 2**24:
+        raise UserError(f"a BPE vocabulary of {vocab_size}: expected 257 (the bytes and {END_OF_TEXT}) to {2**24}")
+    try:
+        from tokenizers import Tokenizer as Library
+        from tokenizers import trainers
+    except ImportError as error:
+        raise UserError("training a BPE needs a package: pip install tokenizers") from error
+
+    def pieces() -> Iterator[str]:
+        for text in texts:
+            check_text(text)
+            yield from cut_up(text)
+
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    parts = {"pre_tokenizer": PRE_TOKENIZER, "decoder": PRE_TOKENIZER["pretokenizers"][1]}
+    library = Library.from_str(tokenizer_json(model, {}, **parts))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=sorted(BYTE_OF), show_progress=False
+    )
+    library.train_from_iterator(pieces(), trainer)
+    library.add_special_tokens([END_OF_TEXT])
+    return BPETokenizer(library.to_str(), library.token_to_id(END_OF_TEXT))
 
 
 def _decoding_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:

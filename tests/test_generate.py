@@ -23,7 +23,7 @@ from generate import (
     stream,
 )
 from model import GPT, GPTConfig, derive_seed
-from tokenizer import CharTokenizer, GPT2Tokenizer
+from tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 
@@ -341,11 +341,14 @@ def strings(count: int, seed: int):
         yield "".join(parts) + (rare if rng.random() < 0.1 else "")
 
 
-@pytest.mark.parametrize("kind", ["char", "gpt2"])
+@pytest.mark.parametrize("kind", ["char", "gpt2", "bpe"])
 def test_streaming_ten_thousand_strings_gives_exactly_the_string(kind):
     if kind == "gpt2" and "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("GPT-2's vocabulary is not on this machine")
-    tokenizer, split = {"char": CHINESE, "gpt2": GPT2Tokenizer()}[kind], 0
+    if kind == "bpe":
+        pytest.importorskip("tokenizers")
+    tokenizer = {"char": lambda: CHINESE, "gpt2": GPT2Tokenizer, "bpe": lambda: train_bpe([STORY], 1000)}[kind]()
+    split = 0
     for text in strings(10_000, seed=6):
         ids = tokenizer.encode(text).tolist()
         writer = Writer(tokenizer, Sampling(max_new_tokens=len(ids)))
@@ -373,6 +376,14 @@ def test_a_character_that_is_not_ended_does_not_come_out():
     half = CHINESE.encode("天🙂").tolist()[:-1]
     writer = Writer(CHINESE, Sampling(max_new_tokens=len(half)))
     assert "".join([writer.write(id) for id in half]) == "天" and writer.finished == "length"
+
+
+def test_a_stop_string_of_a_trained_vocabulary_begins_inside_a_token():
+    pytest.importorskip("tokenizers")
+    bpe, text = train_bpe([STORY], 1000), "有一天，小白兔高兴地说：“好！”龘。"
+    assert bpe.pieces(bpe.encode(text))[:3] == ["有一天", "，", "小白"] and len(bpe.encode("龘")) == 3
+    assert said(bpe, text) == text and said(bpe, text, stop=["天，小"]) == "有一"
+    assert said(bpe, text, stop=["龘"]) == text[:-2]
 
 
 def test_the_pieces_of_a_row_are_its_text_and_account_for_its_tokens():

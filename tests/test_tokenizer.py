@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import unicodedata
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from tokenizer import (
     load_tokenizer,
     read_meta,
     tokenizer_from_meta,
+    train_bpe,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -382,9 +384,12 @@ def test_berts_tokens_as_text_on_paper(tmp_path):
     assert t.encode_prompt(f"我{END}爱").tolist() == [6, 3, 7] and 3 not in t.encode("我[SEP]爱")
 
 
-@pytest.mark.parametrize("name", ["byte level", "bert"])
+@pytest.mark.parametrize("name", ["byte level", "bert", "trained here"])
 def test_pieces_that_are_cut_have_the_ids_of_the_whole(tmp_path, name):
-    t = BPETokenizer(trained(name).to_str(), None) if name != "bert" else hf_tokenizer(bert_folder(tmp_path))
+    if name == "byte level":
+        t = BPETokenizer(trained(name).to_str(), None)
+    else:
+        t = hf_tokenizer(bert_folder(tmp_path)) if name == "bert" else trained_here()
     pieces = 0
     for text in [*random_texts(1500, seed=3), *sliced("ab the 的，\n\t 我1.\x1c\u0301é'", 1500)]:
         cut = t.last_cut(text)
@@ -507,6 +512,147 @@ def test_ids_become_text_without_the_library_and_text_becomes_a_sentence(monkeyp
     assert t.decode(ids) == "从前"
     with pytest.raises(UserError, match="^this model's tokenizer needs a package: pip install tokenizers"):
         t.encode("从前")
+
+
+# ---- trained here
+
+STORY = (ROOT / "data" / "chinese" / "stories_zh.txt").read_text(encoding="utf-8")
+
+
+@cache
+def trained_here(vocab_size: int = 2000) -> BPETokenizer:
+    pytest.importorskip("tokenizers")
+    return train_bpe([STORY[:100000], "she isn't 12 the " * 20], vocab_size)
+
+
+def test_a_trained_vocabulary_is_the_bytes_the_merges_and_the_end(tmp_path):
+    t = trained_here()
+    assert (t.kind, t.vocab_size, t.end_of_text, t.dtype, t.unknown_id) == ("bpe", 2000, 1999, np.uint16, None)
+    assert t.lossless and sorted(t.ids.values()) == list(range(2000)) and t.ids[END] == 1999
+    assert sorted(t.decode_bytes([id]) for id in range(256)) == [bytes([b]) for b in range(256)]
+    merges = json.loads(t.json)["model"]["merges"]
+    assert [t.ids["".join(pair)] for pair in merges] == list(range(256, 1999))
+    assert END not in STORY and t.encode(END).tolist() != [1999] and t.encode_prompt(END).tolist() == [1999]
+    assert len(t.encode(STORY)) < 0.85 * len(STORY) and t.decode(t.encode(STORY)) == STORY
+    (tmp_path / "tokenizer.json").write_text(t.json, encoding="utf-8")
+    assert hf_tokenizer(tmp_path) == t and t != GPT2Tokenizer()
+    assert tokenizer_from_meta(json.loads(json.dumps(t.meta())), "here") == t and pickle.loads(pickle.dumps(t)) == t
+
+
+def test_merges_on_paper():
+    pytest.importorskip("tokenizers")
+    t = train_bpe(["从前从前 abab", "从前", "ab", "前ab"], 10**6)  # 从 is E4 BB 8E, 前 E5 89 8D
+    tokens = [t.decode_bytes([id]) for id in range(256, t.vocab_size)]
+    # by count, then by ids; those of a, BB, E4, E5 follow each other, and 89 and 8D, which have no sign, come after all
+    four_times = [b"ab", b"\xe5\x89", b"\xe5\x89\x8d"]
+    assert tokens == [*four_times, b"\xbb\x8e", b"\xe4\xbb\x8e", "从前".encode(), END.encode()]
+    assert t.pieces(t.encode("从前ab从b")) == ["从前", "ab", "从", "b"]
+    assert [train_bpe(texts, 257).vocab_size for texts in (["abab"], [], [""])] == [257] * 3
+    assert train_bpe(["ab", "ba"], 300).vocab_size == 257 and train_bpe(["ab"] * 2, 300).encode("ab").tolist() == [256]
+
+
+def test_pieces_within_which_is_merged_on_paper():
+    splitter = trained_here()._tokenizer.pre_tokenizer
+    for pieces in (
+        "他说|：“|don|'t| |用|Python| |3|.|14|写|123|456|7|行",
+        "it|'s|'| ok|'|such| —|他|”。|\n\n\u3000\u3000|第二| |段|\r\n| |\n\u3000|x|  | y",
+        "\u3000\u3000|古|  |\n|e\u0301te| né| 😀👍！|⼀一〇々|カタカナ한국어| |½|\t\x85|\xa0|z| ",
+        "好" * 32 + "|" + "好" * 8 + "|" + "ж" * 64 + "|ж|" + "。" * 64 + "|。|" + "\n" * 64 + "|\n\u3000|x",
+    ):
+        text = pieces.replace("|", "")
+        spans = [span for _, span in splitter.pre_tokenize_str(text)]
+        assert [text[start:end] for start, end in spans] == pieces.split("|")
+
+
+def test_any_text_has_the_ids_that_transformers_gives_and_round_trips(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    t = trained_here()
+    (tmp_path / "tokenizer.json").write_text(t.json, encoding="utf-8")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for text in random_texts(2000):
+        ids = t.encode(text).tolist()
+        assert t.decode(ids) == text and b"".join(t.decode_bytes([id]) for id in ids) == text.encode()
+        if END not in text:
+            assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@given(mixed | words | texts, st.lists(mixed | words, max_size=4))
+@settings(deadline=None, max_examples=400)
+def test_pieces_of_what_was_trained_have_the_ids_of_the_whole(text, others):
+    t = trained_here()
+    whole = t._tokenizer.encode(text, add_special_tokens=False).ids
+    assert t.encode(text).tolist() == whole and t.decode(whole) == text
+    pieces = every_cut(t, text)
+    assert "".join(pieces) == text and sum((t.encode(piece).tolist() for piece in pieces), []) == whole
+    assert [ids.tolist() for ids in t.encode_batch([text, *others])] == [t.encode(x).tolist() for x in [text, *others]]
+
+
+def every_cut(t, text: str) -> list[str]:
+    pieces = []
+    while cut := t.last_cut(text):
+        pieces.insert(0, text[cut:])
+        text = text[:cut]
+    return [text, *pieces]
+
+
+def test_every_letter_before_a_cut_is_one_for_the_library():
+    """Each of them with each of what may follow; the library's tables of characters are not Python's."""
+    splitter = trained_here()._tokenizer.pre_tokenizer
+    for after in " \t\n\r\u3000。，、！？；：.,!?;:":
+        text = "".join(c + after for c in map(chr, range(0x10000)) if CUT.match(c + after))
+        ends = {end for _, (_, end) in splitter.pre_tokenize_str(text)}
+        assert len(text) > 70000 and ends >= set(range(1, len(text), 2))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "好" * 300_000,
+        "\n" * 10**6,
+        "\u3000" * 300_000,
+        " " * 10**6,
+        "x" * 10**6,
+        "0123456789" * 10**5,
+        "。" * 300_000,
+        "好。\n\u3000\u3000x1, " * 25_000,
+        STORY,
+    ],
+    ids=["han", "newlines", "indentation", "spaces", "letters", "digits", "punctuation", "mixture", "stories"],
+)
+def test_a_megabyte_of_anything_has_the_ids_of_the_whole(text):
+    t = trained_here()
+    assert t.encode(text).tolist() == t._tokenizer.encode(text, add_special_tokens=False).ids
+    assert t.decode(t.encode(text)) == text
+    again = train_bpe([text], 500)  # which would take hours, were a run one piece
+    assert len(again.encode(text)) < len(text.encode()) / 2 and again.decode(again.encode(text)) == text
+
+
+def test_the_same_texts_give_the_same_file():
+    """In processes with other hash seeds and other numbers of threads, where many pairs are equally frequent."""
+    pytest.importorskip("tokenizers")
+    code = "import hashlib, sys, tokenizer; text = open(sys.argv[1], encoding='utf-8').read()[:60000]; "
+    code += "print(hashlib.sha256(tokenizer.train_bpe([text], 30000).json.encode()).hexdigest())"
+    made = set()
+    for threads in (1, 2, 5):
+        env = os.environ | {"PYTHONHASHSEED": str(threads), "RAYON_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-c", code, str(ROOT / "data" / "chinese" / "stories_zh.txt")]
+        made.add(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout)
+    assert made == {hashlib.sha256(train_bpe([STORY[:60000]], 30000).json.encode()).hexdigest() + "\n"}
+
+
+@pytest.mark.parametrize("vocab_size", [256, 0, 2**24 + 1])
+def test_an_impossible_size_is_a_sentence(vocab_size):
+    with pytest.raises(UserError, match=f"of {vocab_size}: expected 257"):
+        train_bpe(["text"], vocab_size)
+
+
+def test_training_on_half_a_character_or_without_the_library_is_a_sentence(monkeypatch):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(UserError, match=r"U\+D83D\) at position 1"):
+        train_bpe(["ab", "a\ud83d"], 300)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="pip install tokenizers"):
+        train_bpe(["text"], 300)
 
 
 # ---- meta
