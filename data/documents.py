@@ -14,6 +14,7 @@ none). Whatever is read twice is the same twice.
 """
 
 import csv
+import itertools
 import json
 import re
 import string
@@ -21,6 +22,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,8 @@ FIELDS = {  # of the known formats, in the order in which they are recognised by
 FORMATS = ("auto", "text", *FIELDS)
 BODIES = ("text", "content", "body", "document")  # what the one column of text may be called in other records
 NORMALIZE = ("nfkc", "t2s", "strip")
-LONGEST = 2**26  # characters of an element of a JSON array
+LONGEST = 2**26  # characters of a record, or of a text without a place to cut it: what is held at once
+HEAD = 2**12  # characters by which the kind of a file is told
 SHOWN = 10  # malformed records that are told one by one
 
 
@@ -90,7 +93,10 @@ class Template:
     def fill(self, record: dict[str, Any]) -> str:
         """The document of a record; where the first of several fields is empty, of what follows it. Malformed where a
         field is missing or no text."""
-        values = {name: _text(record, name) for name in self.fields}
+        return self.join({name: _text(record, name) for name in self.fields})
+
+    def join(self, values: dict[str, str]) -> str:
+        """The document of the fields' texts."""
         parts = self.parts
         if len(parts) > 1 and parts[1][1] and not values[parts[0][1]].strip():
             parts = (("", parts[1][1]), *parts[2:])
@@ -102,23 +108,36 @@ def template_of(fields: list[str], template: str) -> Template:
     if not template:
         first, *rest = fields
         template = f"{{{first}}}" if not rest else f"《{{{first}}}》\n" + "\n".join(f"{{{name}}}" for name in rest)
+    parts: list[list[Any]] = [["", None]]  # what lies between braces that are doubled is no part of its own
+    written = template.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        parsed = list(string.Formatter().parse(template.replace("\\n", "\n").replace("\\t", "\t")))
+        for text, name, spec, conversion in string.Formatter().parse(written):
+            if spec or conversion:
+                raise ValueError("a format or a conversion cannot be given")
+            parts[-1][0] += text
+            if name is not None:
+                parts[-1][1] = name
+                parts.append(["", None])
     except ValueError as error:
         raise UserError(f"--template={template}: {error}") from error
-    names = [name for _, name, _, _ in parsed if name is not None]
-    wrong = [name for name in names if fields and name not in fields]
-    if wrong or not names or any(spec or conversion for _, _, spec, conversion in parsed):
-        known = ", ".join(f"{{{name}}}" for name in fields) or "fields in braces"
-        raise UserError(f"--template={template}: expected text with {known}" + (f", not {wrong[0]}" if wrong else ""))
-    return Template(tuple(dict.fromkeys(names)), tuple((text, name) for text, name, _, _ in parsed))
+    names = [name for _, name in parts if name is not None]
+    if fields:
+        wrong = [name for name in names if name not in fields]
+    else:  # as in Python's own templates, which reach into values: no field's name, unless --fields says so
+        wrong = [name for name in names if name in ("", "0") or set(name) & set(".[]")]
+    if wrong or not names:
+        known = ", ".join(f"{{{name}}}" for name in fields) or "the names of fields in braces (of a table, 1 and so on)"
+        raise UserError(
+            f"--template={template}: expected text with {known}" + (f", not {{{wrong[0]}}}" if wrong else "")
+        )
+    return Template(tuple(dict.fromkeys(names)), tuple((text, name) for text, name in parts if text or name))
 
 
 def _text(record: dict[str, Any], name: str) -> str:
     value = record.get(name, Malformed)
     if value is Malformed:
         raise Malformed(f'no field "{name}" among {", ".join(map(str, record))[:200]}')
-    if value is None:
+    if value is None or value != value:  # NaN, a table's way to say that there is nothing
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise Malformed(f'"{name}" is {type(value).__name__}, not text')
@@ -155,43 +174,42 @@ class Source:
             return "essays" if self.format == "essays" else ".jsonl"
         return "text"
 
-    def read(self, progress: Callable[[int], Any] = lambda size: None, found: Found | None = None):
+    def read(
+        self, progress: Callable[[int], Any] = lambda size: None, found: Found | None = None
+    ) -> Iterator[str | None]:
         """Pieces of text, and None at the end of each document. UserError where a file cannot be read."""
         found = found or Found(quiet=True)
-        whole = self.normalized if self.normalize else lambda pieces: pieces
         for file in self.files:
-            kind = self.kind_of(file)
-            if kind in RECORDS or kind in FIELDS:
-                yield from whole(self._records(file, kind, progress, found))
-                continue
-            pieces = self._pieces(file, progress, found)
-            if self.document == "text":
-                yield from whole(pieces)
-            elif self.document == "file":
-                first = next(pieces, "")
-                if self.format == "auto" and re.match(r"---[^\S\n]*\n(?:.*\n){,9}标题[：:]", first):
-                    yield from whole(self._records(file, "essays", progress, found))
-                else:
-                    yield from whole(one_document(_then(first, pieces)))
-            else:
-                yield from whole(split_documents(pieces, SEPARATORS[self.document]))
+            pieces = self._documents(file, progress, found)
+            yield from self.normalized(pieces) if self.normalize else pieces
 
-    def _pieces(self, file: File, progress: Callable[[int], Any], found: Found) -> Iterator[str]:
-        return read_text(file, self.encoding, self.errors, progress, lambda name: found.encoding(file, name))
-
-    def _records(self, file: File, kind: str, progress: Callable[[int], Any], found: Found) -> Iterator[str | None]:
+    def _documents(self, file: File, progress: Callable[[int], Any], found: Found) -> Iterator[str | None]:
+        kind = self.kind_of(file)
         if kind == ".parquet":
-            records = _parquet(file, self.fields, progress)
+            return self._records(_parquet(file, self._columns, progress), kind, file, found)
+        pieces = read_text(file, self.encoding, self.errors, progress, lambda name: found.encoding(file, name))
+        if kind == "text" and self.document == "text":
+            return pieces
+        if kind == "text" and self.document != "file":
+            return split_documents(pieces, SEPARATORS[self.document])
+        head, pieces = _head(pieces)
+        if kind == "text" and self.format == "auto" and HEADER.match(head.lstrip("\n")):
+            kind = "essays"
+        if kind == "text":
+            return one_document(pieces)
+        if kind in FIELDS:
+            records = _headed(pieces, kind, str(file))
+        elif kind in (".csv", ".tsv"):
+            records = _table(pieces, "," if kind == ".csv" else "\t", self.fields, str(file))
+        elif kind == ".json" and head.lstrip().startswith("["):
+            records = _json_array(pieces, str(file))
         else:
-            pieces = self._pieces(file, progress, found)
-            if kind in (".csv", ".tsv"):
-                records = _table(pieces, "," if kind == ".csv" else "\t", self.fields, str(file))
-            elif kind in FIELDS:
-                records = _headed(pieces, kind, str(file))
-            else:
-                records = _json(pieces, str(file), kind == ".json")
+            records = _json_lines(pieces, str(file))
+        return self._records(records, kind, file, found)
+
+    def _records(self, records: Iterable[tuple[str, Any]], kind: str, file: File, found: Found) -> Iterator[str | None]:
         filler: Template | None = None
-        repeats_title = self.format == "wiki2019zh"
+        repeats_title = False
         for where, record in records:
             found.records += 1
             try:
@@ -203,25 +221,36 @@ class Source:
                     raise Malformed(f"{type(record).__name__}, where an object with named fields was expected")
                 else:
                     if filler is None:
+                        if SURROGATE.search("".join(record)):
+                            raise Malformed("the name of a field cannot be decoded")
                         filler, name = self._filler(record, kind, str(file))
                         found.layout, repeats_title = found.layout or filler.layout, name == "wiki2019zh"
-                    if self.min_star and _stars(record) < self.min_star:
+                    if self.min_star and not _stars(record) >= self.min_star:
                         found.few_stars += 1
                         continue
-                    if repeats_title and str(record.get("text")).startswith(f"{record['title']}\n"):
-                        record = record | {"text": record["text"][len(record["title"]) :].lstrip("\n")}
-                    text = filler.fill(record)
-                text.encode("utf-8")
-            except UnicodeEncodeError:
+                    values = {name: _text(record, name) for name in filler.fields}
+                    if repeats_title and values["text"].startswith(values["title"] + "\n"):
+                        values["text"] = values["text"][len(values["title"]) :].lstrip("\n")
+                    text = filler.join(values)
                 if self.errors == "stop":
-                    found.bad(where, "half a surrogate pair, which is no character")
-                    continue
+                    text.encode("utf-8")
+            except UnicodeEncodeError:
+                found.bad(where, "half a surrogate pair, which is no character")
+                continue
             except Malformed as error:
                 found.bad(where, error)
                 continue
             if text := text.strip("\n"):
                 yield text
                 yield None
+
+    def _columns(self, names: list[str], where: str) -> list[str]:
+        """Those of a table's columns that are read. UserError where it lacks them."""
+        wanted = self.fields or self._filler(dict.fromkeys(names), ".parquet", where)[0].fields
+        wanted = [*wanted, *(["star"] if self.min_star else [])]
+        if missing := [name for name in wanted if name not in names]:
+            raise UserError(f"{where} has no column {missing[0]}: it has {', '.join(names)[:300]}")
+        return wanted
 
     def _filler(self, record: dict[str, Any], kind: str, where: str) -> tuple[Template, str]:
         """The template for a file whose first record this is, and the name of its format."""
@@ -237,7 +266,7 @@ class Source:
             return template_of(list(fields), template), name
         bodies = [key for key in BODIES if key in record] or (list(record) if len(record) == 1 else [])
         if not bodies:
-            if kind == ".tsv" and len(record) == 2 and str(record["2"]).isdigit():
+            if kind == ".tsv" and list(record) == ["1", "2"] and str(record["2"]).isdigit():
                 return template_of(["1"], ""), name
             raise UserError(
                 f"{where}: which of its fields are the text? It has {', '.join(map(str, record))[:300]}: name them, "
@@ -246,29 +275,51 @@ class Source:
         return template_of([*(["title"] if "title" in record else []), bodies[0]], ""), name
 
     def normalized(self, pieces: Iterable[str | None]) -> Iterator[str | None]:
-        """The same with the texts changed as `normalize` says, each document as if it were whole."""
-        change = normalizer(self.normalize)
-        waiting, begun = "", False
-        for piece in pieces:
-            waiting += piece or ""
-            cuts = [0] if piece is None else [m.start() for m in SAFE.finditer(waiting)]
-            size = len(waiting) if piece is None else cuts[-1] if cuts else 0
-            if text := change(waiting[:size], not begun, piece is None):
+        """The same with the texts changed as `normalize` says, each document as if it were whole. UserError for one
+        longer than LONGEST in which there is no place to cut it."""
+        change, ended = normalizer(self.normalize), self.ended
+        waiting: list[str] = []  # what no safe cut has been found in; only its end is looked at again
+        size, begun = 0, False
+        for piece in itertools.chain(pieces, [None]):  # a lone text has no end of its own
+            if piece is not None:
+                last = waiting[-1][-1:] if waiting else ""
+                match = LAST_CUT.match(last + piece)
+                if not match:
+                    waiting.append(piece)
+                    size += len(piece)
+                    if size > LONGEST:
+                        raise UserError(
+                            f"{LONGEST:,} characters have no place where --normalize={','.join(self.normalize)} could "
+                            "begin anew: break the text into lines"
+                        )
+                    continue
+                cut = match.end() - len(last)
+                text, waiting, size = "".join((*waiting, piece[:cut])), [piece[cut:]], len(piece) - cut
+            else:
+                text, waiting, size = "".join(waiting), [], 0
+            if text := change(text, not begun, piece is None):
+                begun = True
                 yield text
-            begun = (begun or bool(text)) and piece is not None
-            waiting = waiting[size:]
             if piece is None:
-                yield None
-        if text := change(waiting, not begun, True):
-            yield text
+                if begun and ended:
+                    yield None
+                begun = False
 
 
-SEPARATORS = {"line": re.compile(r"\n+"), "blank": re.compile(r"\n(?:[^\S\n]*\n)+")}
-# where a text may be cut and its parts be normalised apart: behind a line or a clause, before what never combines
-SAFE = re.compile(r"(?<=[\n。！？；，、：.,!?;:])(?=[0-9A-Za-z\u4e00-\u9fff])")
+SEPARATORS = {"line": re.compile(r"\n(?:[^\S\n]*\n)*"), "blank": re.compile(r"\n(?:[^\S\n]*\n)+")}
+BLANK_LINES = re.compile(r"(?:[^\S\n]*\n)*")
+HEADER = re.compile(r"---[^\S\n]*\n(?:.*\n){,9}[^\S\n]*标题[^\S\n]*[：:]")
+# What never combines with anything before it, nor is white space: the scripts' letters without marks. And what is in no
+# phrase that is converted as a whole, nor becomes so: ASCII, punctuation.
+LETTERS = (
+    "0-9A-Za-z\u00c0-\u00ff\u0100-\u017e\u0388-\u03ce\u0400-\u0481\u05d0-\u05ea\u0620-\u064a\u0904-\u0939\u0e01-\u0e30"
+    "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\U00020000-\U0002fa1f"
+)
+LAST_CUT = re.compile(rf"[\s\S]*[\x00-\x7f\u2010-\u2027\u3000-\u3002\u3008-\u3011\uff01-\uff5e](?=[{LETTERS}])")
 
 
-def normalizer(names: Iterable[str]) -> Callable[[str, bool, bool], str]:
+@cache
+def normalizer(names: tuple[str, ...]) -> Callable[[str, bool, bool], str]:
     """A function of (text, whether it begins a document, whether it ends one). UserError where a package is missing."""
     steps: list[Callable[[str], str]] = []
     if "nfkc" in names:
@@ -279,7 +330,7 @@ def normalizer(names: Iterable[str]) -> Callable[[str, bool, bool], str]:
         except ImportError as error:
             raise UserError("--normalize=t2s needs a package: pip install opencc") from error
         convert = opencc.OpenCC("t2s").convert
-        steps.append(lambda text: text if "\udcff" in text else convert(text))
+        steps.append(lambda text: text if SURROGATE.search(text) else convert(text))
 
     def change(text: str, begins: bool, ends: bool) -> str:
         for step in steps:
@@ -293,61 +344,79 @@ def normalizer(names: Iterable[str]) -> Callable[[str, bool, bool], str]:
     return change
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def one_document(pieces: Iterable[str]) -> Iterator[str | None]:
-    """One document without its trailing newlines, then None; nothing at all where nothing is left."""
-    newlines, empty = "", True
+    """One document without its trailing newlines, then None; nothing at all where there is only white space."""
+    held: list[str] = []  # the white space that it begins with
+    newlines, empty = 0, True
     for piece in pieces:
-        body = piece.rstrip("\n")
-        if body:
-            yield newlines + body
-            newlines, empty = "", False
-        newlines += piece[len(body) :]
+        if empty and piece.isspace():
+            held.append(piece)
+            continue
+        piece, held, empty = "".join((*held, piece)), [], False
+        if body := piece.rstrip("\n"):
+            yield "\n" * newlines + body
+            newlines = 0
+        newlines += len(piece) - len(body)
     if not empty:
         yield None
 
 
 def split_documents(pieces: Iterable[str], separator: re.Pattern) -> Iterator[str | None]:
     """The documents that the separator, line breaks with white space between, stands between; none of them empty."""
-    held, begun = "", False  # white space that may be part of a separator; whether a document has begun
+    held, begun = [""], False  # white space that may be part of a separator; whether a document has begun
     for piece in pieces:
-        text = held + piece
-        body = text.rstrip()
-        held = text[len(body) :]
-        for number, part in enumerate(separator.split(body) if body else ()):
-            if number and begun:
-                yield None
-                begun = False
-            if part := part if begun else part.lstrip("\n"):
-                begun = True
-                yield part
+        if not (body := piece.rstrip()):
+            held.append(piece)
+            continue
+        text, held = "".join((*held, body)), [piece[len(body) :]]
+        if not begun:
+            text, begun = text[BLANK_LINES.match(text).end() :], True
+        first, *others = separator.split(text)
+        if first:
+            yield first
+        for part in others:
+            yield None
+            yield part
     if begun:
-        if rest := held.partition("\n")[0]:
+        if rest := "".join(held).partition("\n")[0]:
             yield rest
         yield None
 
 
-def _lines(pieces: Iterable[str]) -> Iterator[str]:
-    """The lines of a text, with their ends."""
+def _head(pieces: Iterator[str]) -> tuple[str, Iterator[str]]:
+    """The text's first HEAD characters or more from the first that is no white space, and all of its pieces."""
+    first, size = [], 0
+    for piece in pieces:
+        first.append(piece)
+        size += len(piece) if size else len(piece.lstrip())
+        if size >= HEAD:
+            break
+    return "".join(first), itertools.chain(first, pieces)
+
+
+def _lines(pieces: Iterable[str], name: str) -> Iterator[str]:
+    """The lines of a text, with their ends. UserError for one longer than LONGEST."""
     parts: list[str] = []
+    size, number = 0, 1
     for piece in pieces:
         first, *others = piece.split("\n")
         parts.append(first)
+        size += len(first)
+        if size > LONGEST:
+            raise UserError(f"{name}: line {number:,} is longer than {LONGEST:,} characters: is it another format?")
         for other in others:
             yield "".join(parts) + "\n"
-            parts = [other]
+            parts, size, number = [other], len(other), number + 1
     if any(parts):
         yield "".join(parts)
 
 
-def _json(pieces: Iterator[str], name: str, may_be_array: bool) -> Iterator[tuple[str, Any]]:
-    """(where, object) of JSON lines, or of the elements of a .json array."""
-    pieces, first = iter(pieces), ""
-    while may_be_array and not first.strip() and (piece := next(pieces, "")):
-        first += piece
-    if first.lstrip().startswith("["):
-        yield from _json_array(_then(first, pieces), name)
-        return
-    for number, line in enumerate(_lines(_then(first, pieces)), 1):
+def _json_lines(pieces: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
+    """(where, object) of JSON lines."""
+    for number, line in enumerate(_lines(pieces, name), 1):
         if line.isspace():
             continue
         try:
@@ -357,77 +426,110 @@ def _json(pieces: Iterator[str], name: str, may_be_array: bool) -> Iterator[tupl
         yield f"{name}, line {number:,}", record
 
 
-def _then(first: str, pieces: Iterable[str]) -> Iterator[str]:
-    if first:
-        yield first
-    yield from pieces
-
-
 def _json_array(pieces: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
-    """The elements of one array, decoded as they come. UserError where it is broken, as nothing tells what follows."""
-    decode, buffer, at, number, line = json.JSONDecoder().raw_decode, "", 0, 0, 1
-    skip = re.compile(r"[\s,]*")
-    ended = wanted = 0
-    opened = False
+    """(where, element) of one array, decoded as it comes. UserError where it is broken: what follows is unknown."""
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    buffer, at, line, number, ended = "", 0, 1, 0, False
+    expected = "["  # then an element or ], behind an element , or ], behind , an element, behind ] nothing
+
+    def more(wanted: int) -> None:
+        """Fills the buffer up to `wanted` characters from `at` on."""
+        nonlocal buffer, at, line, ended
+        parts, size = [buffer[at:]], len(buffer) - at
+        line, at = line + buffer.count("\n", 0, at), 0
+        while size < wanted and not ended:
+            parts.append(next(pieces, ""))
+            size, ended = size + len(parts[-1]), not parts[-1]
+        buffer = "".join(parts)
+
+    def broken(reason: object) -> UserError:
+        where = line + buffer.count("\n", 0, at)
+        return UserError(f"{name}, from line {where:,} on: the JSON array is broken: {reason}")
+
     while True:
-        while not ended and len(buffer) - at <= wanted:
-            piece = next(pieces, None)
-            ended = piece is None
-            line += buffer.count("\n", 0, at)
-            buffer, at = buffer[at:] + (piece or ""), 0
-        if not opened:
-            at, opened = buffer.index("[") + 1, True
-        at = skip.match(buffer, at).end()
-        if buffer.startswith("]", at):
+        at = space.match(buffer, at).end()
+        while at == len(buffer) and not ended:
+            more(1)
+            at = space.match(buffer, at).end()
+        if at == len(buffer) and not expected:
             return
-        try:
-            record, end = decode(buffer, at)
-            if end == len(buffer) and not ended:
-                raise ValueError  # a number may go on
-        except (ValueError, RecursionError) as error:
-            wanted = 2 * (len(buffer) - at)
-            if not ended and wanted < LONGEST:
-                continue
-            broken = line + buffer.count("\n", 0, at)
-            raise UserError(f"{name}, from line {broken:,} on: the JSON array is broken: {error}") from error
-        at, number, wanted = end, number + 1, 0
+        if at == len(buffer):
+            raise broken("it has no end")
+        sign = buffer[at]
+        if sign in "[,]" and sign in expected:
+            at, expected = at + 1, {"[": "]element", ",": "element", "]": ""}[sign]
+            continue
+        if "element" not in expected:
+            raise broken(f"{sign!r} where {' or '.join(expected) or 'the end of the file'} was expected")
+        while True:
+            try:
+                record, end = decode(buffer, at)
+                if end < len(buffer) or ended:
+                    break
+                reason: Exception = ValueError("it has no end")  # a number may go on
+            except (ValueError, RecursionError) as error:
+                reason = error
+            wanted = max(2 * (len(buffer) - at), HEAD)
+            if ended or wanted > LONGEST:
+                raise broken(reason) from reason
+            more(wanted)
+        at, number, expected = end, number + 1, ",]"
         yield f"{name}, element {number:,}", record
 
 
 def _table(pieces: Iterator[str], delimiter: str, fields: tuple[str, ...], name: str) -> Iterator[tuple[str, Any]]:
     """(where, row by its columns' names) of .csv or .tsv; of one without names of columns, "1", "2" and so on.
 
-    Tabs are never quoted. In a .csv with an open quote the rest is one field, so that is malformed.
+    Tabs are never quoted. UserError where a quote is left open, as all that follows it would be lost.
     """
     csv.field_size_limit(LONGEST)
     quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(_lines(pieces), delimiter=delimiter, quoting=quoting, strict=True)
+    rows = csv.reader(_lines(pieces, name), delimiter=delimiter, quoting=quoting, strict=True)
     names: list[str] = []
     while True:
+        first = rows.line_num + 1
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            yield f"{name}, line {rows.line_num:,}", Malformed(error)
+            if "unexpected end" in str(error) or "field limit" in str(error):
+                raise UserError(f"{name}, from line {first:,} on: a quote is opened and never closed") from error
+            row = Malformed(error)
+        where = f"{name}, line {first:,}" + (f" to {rows.line_num:,}" if rows.line_num > first else "")
+        if isinstance(row, Malformed):
+            yield where, row
             continue
-        if not row:
+        if not "".join(row).strip():
             continue
         if not names:
-            known = set(fields) or {*BODIES, "title", "answer", "english", "chinese", "label"}
-            is_header = known <= set(row) if fields else bool(known & {column.strip().lower() for column in row})
-            names = [c.strip() for c in row] if is_header else [str(i + 1) for i in range(len(row))]
-            if is_header:
+            names = [str(i + 1) for i in range(len(row))]
+            if _is_header(row, fields):
+                names = [column.strip() for column in row]
                 continue
         if len(row) != len(names):
-            yield f"{name}, line {rows.line_num:,}", Malformed(f"{len(row)} columns instead of {len(names)}")
+            yield where, Malformed(f"{len(row)} columns instead of {len(names)}")
         else:
-            yield f"{name}, line {rows.line_num:,}", dict(zip(names, row, strict=True))
+            yield where, dict(zip(names, row, strict=True))
+
+
+def _is_header(row: list[str], fields: tuple[str, ...]) -> bool:
+    """Whether a table's first row names its columns. `fields` that are all numbers count those of one without names."""
+    columns = {column.strip() for column in row}
+    if fields:
+        return set(fields) <= columns and not all(name.isdigit() for name in fields)
+    return bool(columns & {*BODIES, "title", "answer", "english", "chinese", "label"})
 
 
 def _headed(pieces: Iterator[str], kind: str, name: str) -> Iterator[tuple[str, Any]]:
     """The one record of a text whose title stands in its first line or in a header between two lines of ---."""
-    text = "".join(pieces).strip("\n")
+    parts: list[str] = []
+    for piece in pieces:
+        parts.append(piece)
+        if sum(map(len, parts)) > LONGEST:
+            yield name, Malformed(f"it is longer than {LONGEST:,} characters")
+            return
+    text = "".join(parts).strip("\n")
     if kind == "thucnews":
         title, _, content = text.partition("\n")
         yield name, {"title": title.strip(), "content": content.strip("\n")} if text else Malformed("it is empty")
@@ -438,7 +540,10 @@ def _headed(pieces: Iterator[str], kind: str, name: str) -> Iterator[tuple[str, 
     yield name, {"title": title[1].strip(), "content": (header[2] or "").strip("\n")} if title else missing
 
 
-def _parquet(file: File, fields: tuple[str, ...], progress: Callable[[int], Any]) -> Iterator[tuple[str, Any]]:
+def _parquet(
+    file: File, columns: Callable[[list[str], str], list[str]], progress: Callable[[int], Any]
+) -> Iterator[tuple[str, Any]]:
+    """(where, row), in which only those columns are read that `columns` gives of all their names."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -447,11 +552,15 @@ def _parquet(file: File, fields: tuple[str, ...], progress: Callable[[int], Any]
     try:
         with seekable(file, progress) as content:
             table, number = parquet.ParquetFile(content), 0
-            for batch in table.iter_batches(batch_size=256, columns=list(fields) or None):
+            names = table.schema_arrow.names
+            wanted = columns(names, str(file))
+            for batch in table.iter_batches(batch_size=256, columns=wanted):
                 for record in batch.to_pylist():
                     number += 1
-                    yield f"{file}, row {number:,}", record
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+                    yield f"{file}, row {number:,}", dict.fromkeys(names) | record
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # some of what breaks is no Arrow exception
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
