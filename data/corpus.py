@@ -42,12 +42,13 @@ from tokenizer import (
     hf_tokenizer,
     last_cut,
     load_tokenizer,
+    train_bpe,
 )
 from writing import SPLITS, DatasetWriter, end_text, progress_bar
 
 CHUNK = 2**18  # characters counted and encoded at once, few enough to stay in a cache
 LEFT_OUT = len(SPLITS)  # the fate of a document that is in neither
-BPE_SAMPLE = 50_000_000  # characters that a BPE is trained on, evenly taken from a larger text
+BPE_SAMPLE = 10_000_000  # characters that a BPE is trained on, evenly taken from a larger text: 2.4 GB in Chinese
 DEFAULTS = {  # what a prepare.py that lacks a setting means
     "input": [], "val_input": [], "encoding": "auto", "errors": "stop", "normalize": "none", "format": "auto",
     "fields": "", "template": "", "min_star": 0.0, "max_bad": "0.1%", "document": "auto", "dedup": False,
@@ -353,8 +354,6 @@ def prepare(source: Source, config: Config, here: str | Path, layout: str = "") 
             texts = (
                 text for number, (split, text, _) in enumerate(parts) if split == SPLITS[0] and number % stride == 0
             )
-            from tokenizer import train_bpe
-
             chosen = train_bpe(texts, o.vocab_size)
     elif chosen is None:
         chosen = char_tokenizer(s.counts, o.min_count, o.byte_fallback, ended)

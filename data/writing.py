@@ -114,7 +114,9 @@ class DatasetWriter:
         meta = self.tokenizer.meta() | ({"template": template} if template else {})
         meta |= {"max_id": self._max_id, "documents": sum(documents), "characters": sum(characters), "tokens": tokens}
         meta |= {"unknown_characters": unknown, "files": files}
-        self._replace(meta)
+        texts = {"meta.json": json.dumps(meta, ensure_ascii=False, indent=1) + "\n"}
+        texts |= {"tokenizer.json": meta["json"]} if "json" in meta else {}
+        self._replace(texts)
 
         first = sample.split(end_text(self.tokenizer))[0] if end_text(self.tokenizer) else sample
         line = next((line for line in first.split("\n") if line.strip()), "")
@@ -138,14 +140,12 @@ class DatasetWriter:
             print(f"round trip: identical (read back and compared: the first {checked:,} characters)")
         else:
             print("round trip: not compared, as this tokenizer does not keep all of a text (spaces, capitals)")
-        print(f"written: {', '.join(str(self.folder / name) for name in (*files, 'meta.json'))}")
+        print(f"written: {', '.join(str(self.folder / name) for name in (*files, *texts))}")
         return meta
 
-    def _replace(self, meta: dict[str, Any]) -> None:
+    def _replace(self, texts: dict[str, str]) -> None:
         """Puts the new files in the place of the old ones. From the moment when meta.json.new is there, the new ones
         are the dataset, and whoever reads it next ends what a kill may have interrupted."""
-        texts = {"meta.json": json.dumps(meta, ensure_ascii=False, indent=1) + "\n"}
-        texts |= {"tokenizer.json": meta["json"]} if "json" in meta else {}
         was_bpe = False
         with suppress(UserError):  # a broken meta.json is replaced
             was_bpe = read_meta(self.folder).get("kind") == "bpe"
@@ -158,7 +158,7 @@ class DatasetWriter:
             if name in texts or name.endswith(".bin"):
                 os.replace(self._beside(name), self.folder / f"{name}.new")
         settle(self.folder)
-        if was_bpe and "json" not in meta:
+        if was_bpe and "tokenizer.json" not in texts:
             (self.folder / "tokenizer.json").unlink(missing_ok=True)
 
     def _beside(self, name: str) -> Path:
