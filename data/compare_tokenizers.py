@@ -1,7 +1,7 @@
 """How the tokenizers take a text apart: their tokens in numbers, and the pieces of a sentence.
 
     $ python data/compare_tokenizers.py data/chinese/stories_zh.txt
-    $ python data/compare_tokenizers.py novel.txt --encoding=gb18030 --vocab_size=16384
+    $ python data/compare_tokenizers.py wiki_zh/AA/wiki_00 --vocab_size=16384
     $ python data/compare_tokenizers.py novel.txt --tokenizer=data/essays --sentence=春眠不觉晓
 
 To look at before training: GPT-2's BPE, made for English, takes most Chinese characters as two or three tokens. char
@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[:2]]
-from configurator import Config, UserError, configure, note, run, user_errors
+from configurator import Config, UserError, configure, note, run
 
-input = ""  # the text file, a word without dashes
-encoding = "utf-8"  # of the file; older Chinese texts are often gb18030 or big5
-max_chars = 5_000_000  # of the file's beginning, which is all that is read: a BPE of so many takes half a minute
+input = ""  # what prepare.py takes: a text, JSON lines, a folder …; a word without dashes
+encoding = "auto"  # of text: told from each file, or its name, such as gb18030
+max_chars = 5_000_000  # of the text's beginning, which is all that is read: a BPE of so many takes half a minute
 vocab_size = 8192  # of the BPE that is trained on the text
 tokenizer = []  # more to compare, one each time: a dataset folder, out_dir, .pt file or Hugging Face folder
 sentence = ""  # whose pieces are shown; default: the beginning of the text's first long line
@@ -27,7 +27,7 @@ import time
 import unicodedata
 from dataclasses import dataclass
 
-from corpus import choose_tokenizer, read_text
+from corpus import choose_tokenizer, open_source
 from tokenizer import CharTokenizer, Tokenizer, train_bpe
 
 HEAD = ("tokenizer", "vocabulary", "tokens", "characters/token", "bytes/token", "without a token", "encode MB/s")
@@ -45,14 +45,13 @@ class Measured:
 
 
 def read(c: Config) -> tuple[str, bool]:
-    """The file's text up to max_chars, and whether that is all. UserError where it cannot be read, or has none."""
+    """The text up to max_chars, and whether that is all. UserError where it cannot be read, or there is none."""
     parts, size = [], 0
-    with user_errors(LookupError, about=f"--encoding={c.encoding}"):
-        for piece in read_text(Path(c.input), c.encoding):
-            parts.append(piece)
-            size += len(piece)
-            if size > c.max_chars:
-                break
+    for piece in open_source([c.input], c).read():
+        parts.append(piece or "\n")
+        size += len(parts[-1])
+        if size > c.max_chars:
+            break
     if not size:
         raise UserError(f"{c.input}: there is no text in it")
     return "".join(parts)[: c.max_chars], size <= c.max_chars

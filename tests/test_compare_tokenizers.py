@@ -98,10 +98,10 @@ def test_a_gbk_console_and_a_gb18030_text(tmp_path):
     "args, word",
     [
         ([], "which text?"),
-        (["nowhere.txt"], "nowhere.txt cannot be read"),
+        (["nowhere.txt"], "nowhere.txt: there is no such file"),
         (["empty.txt"], "empty.txt: there is no text in it"),
-        (["gbk.txt"], "gbk.txt is not utf-8"),
-        (["gbk.txt", "--encoding=klingon"], "--encoding=klingon: unknown encoding"),
+        (["gbk.txt", "--encoding=utf-8"], "gbk.txt is not utf-8"),
+        (["gbk.txt", "--encoding=klingon"], "--encoding=klingon: no such"),
         ([FILE, "--tokenizer=nowhere"], "--tokenizer=nowhere"),
         ([FILE, "--vocab_size=256"], "--vocab_size=256: expected 257"),
         ([FILE, "--max_chars=0"], "--max_chars=0"),
