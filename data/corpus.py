@@ -206,7 +206,7 @@ def survey(sources: list[Source], o: Config, ended: bool, progress: Callable[[in
         )
     named = str(sources[0].files[0]) if len(sources[0].files) == 1 else f"these {len(sources[0].files)} files"
     if not sum(s.characters):
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in s.left_out.items())
+        reasons = left_out(s)
         raise UserError(f"{named}: there is no text in it" + (f"; left out: {reasons}" if reasons else ""))
     if len(sources) == 1 and sum(s.documents) == 1:
         size = sum(s.characters)
@@ -384,6 +384,12 @@ def prepare(source: Source, config: Config, here: str | Path, layout: str = "") 
         )
 
 
+def left_out(s: Survey) -> str:
+    """How many documents are left out, and why."""
+    found = s.left_out + Counter({"malformed": s.found.malformed, "of too few stars": s.found.few_stars})
+    return ", ".join(f"{n:,} {reason}" for reason, n in found.items())
+
+
 def notes_of(s: Survey, o: Config, ended: bool) -> list[str]:
     """What a reader of the summary should know besides."""
     lines = []
@@ -394,9 +400,8 @@ def notes_of(s: Survey, o: Config, ended: bool) -> list[str]:
     kept = {"U+3000 (ideographic space)": odd.get("\u3000"), "NUL": odd.get("\0"), "U+FFFD": odd.get("\ufffd")}
     if any(kept.values()):
         lines.append("kept as they are: " + ", ".join(f"{n:,} {name}" for name, n in kept.items() if n))
-    left_out = s.left_out + Counter({"malformed": s.found.malformed, "of too few stars": s.found.few_stars})
-    if left_out:
-        lines.append("left out: " + ", ".join(f"{n:,} {reason}" for reason, n in left_out.items() if n))
+    if reasons := left_out(s):
+        lines.append(f"left out: {reasons}")
     share = s.characters[1] / sum(s.characters)
     if ended and s.cut is None and not o.val_input and not 0.5 < share / o.val_fraction < 2:
         lines.append(f"note: {share:.1%} of the characters are for validation, as documents are kept whole")
