@@ -272,6 +272,7 @@ def test_a_line_without_end(tmp_path, monkeypatch):
                 | st.text(max_size=9000).map(lambda t: {"text": t}), max_size=8),
        st.integers(1, 5000), st.sampled_from([None, 1]), st.booleans())  # fmt: skip
 @settings(deadline=None, max_examples=80, suppress_health_check=SLOW)
+@example([1234, None, 5], 1, None, False)
 def test_json_arrays(values, size, indent, ascii):
     text = json.dumps(values, indent=indent, ensure_ascii=ascii)
     pieces = [text[i : i + size] for i in range(0, len(text), size)]

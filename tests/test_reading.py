@@ -361,7 +361,7 @@ def test_mixed_files_are_told(tmp_path, chunk, first, second):
     for size in (2**20, 100, 7):
         chunk(size)
         path = write(tmp_path / "t.txt", b"".join(data))
-        sentence = refused(lambda path=path: text_of(path), str(path), first, "UTF-8" if second == "utf-8" else "")
+        sentence = refused(lambda path=path: text_of(path), str(path), first, "is UTF-8" if second == "utf-8" else "")
         number = int(sentence.split("byte ")[1].split()[0].replace(",", ""))
         assert len(data[0]) <= number < len(data[0]) + 120  # the first six characters without a comma
 
