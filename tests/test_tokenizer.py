@@ -555,7 +555,7 @@ def test_pieces_within_which_is_merged_on_paper():
     splitter = trained_here()._tokenizer.pre_tokenizer
     for pieces in (
         "他说|：“|don|'t| |用|Python| |3|.|14|写|123|456|7|行",
-        "it|'s|'| ok|'|such| —|他|”。|\n\n\u3000\u3000|第二| |段|\r\n| |\n\u3000|x|  | y",
+        "it|'s|'|s\u0301| ok|'|such| —|他|”。|\n\n\u3000\u3000|第二| |段|\r\n| |\n\u3000|x|  | y",
         "\u3000\u3000|古|  |\n|e\u0301te| né| 😀👍！|⼀一〇々|カタカナ한국어| |½|\t\x85|\xa0|z| ",
         "好" * 32 + "|" + "好" * 8 + "|" + "ж" * 64 + "|ж|" + "。" * 64 + "|。|" + "\n" * 64 + "|\n\u3000|x",
     ):
@@ -582,6 +582,8 @@ def test_pieces_of_what_was_trained_have_the_ids_of_the_whole(text, others):
     t = trained_here()
     whole = t._tokenizer.encode(text, add_special_tokens=False).ids
     assert t.encode(text).tolist() == whole and t.decode(whole) == text
+    ends = {end for _, (_, end) in t._tokenizer.pre_tokenizer.pre_tokenize_str(text)}
+    assert {match.end() for match in CUT.finditer(text)} <= ends  # also where no token would be cut
     pieces = every_cut(t, text)
     assert "".join(pieces) == text and sum((t.encode(piece).tolist() for piece in pieces), []) == whole
     assert [ids.tolist() for ids in t.encode_batch([text, *others])] == [t.encode(x).tolist() for x in [text, *others]]
