@@ -30,9 +30,10 @@ from typing import Any
 
 import numpy as np
 
+from charset import check_encoding
 from configurator import Config, UserError, user_errors
 from documents import FORMATS, NORMALIZE, Found, Source, normalizer, template_of
-from reading import check_encoding, files_in
+from reading import files_in
 from tokenizer import (
     CODE_POINTS,
     CharTokenizer,

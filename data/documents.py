@@ -13,9 +13,7 @@ none). Whatever is read twice is the same twice.
 | essays          | .txt                          | 标题 of the header between two ---, what follows |
 """
 
-import csv
 import itertools
-import json
 import re
 import string
 import unicodedata
@@ -27,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from configurator import UserError, note
-from reading import RECORDS, File, read_text, seekable
+from reading import RECORDS, File, read_text
+from records import BODIES, LONGEST, Malformed, head_of, headed, json_array, json_lines, parquet_rows, stars_of, table
 
 TEMPLATE = "《{title}》\n{content}"
 FIELDS = {  # of the known formats, in the order in which they are recognised by their keys
@@ -40,15 +39,8 @@ FIELDS = {  # of the known formats, in the order in which they are recognised by
     "essays": (("title", "content"), "", {"title", "content"}),
 }
 FORMATS = ("auto", "text", *FIELDS)
-BODIES = ("text", "content", "body", "document")  # what the one column of text may be called in other records
 NORMALIZE = ("nfkc", "t2s", "strip")
-LONGEST = 2**26  # characters of a record, or of a text without a place to cut it: what is held at once
-HEAD = 2**12  # characters by which the kind of a file is told
 SHOWN = 10  # malformed records that are told one by one
-
-
-class Malformed(ValueError):
-    """A record that makes no document, and why."""
 
 
 @dataclass
@@ -186,25 +178,25 @@ class Source:
     def _documents(self, file: File, progress: Callable[[int], Any], found: Found) -> Iterator[str | None]:
         kind = self.kind_of(file)
         if kind == ".parquet":
-            return self._records(_parquet(file, self._columns, progress), kind, file, found)
+            return self._records(parquet_rows(file, self._columns, progress), kind, file, found)
         pieces = read_text(file, self.encoding, self.errors, progress, lambda name: found.encoding(file, name))
         if kind == "text" and self.document == "text":
             return pieces
         if kind == "text" and self.document != "file":
             return split_documents(pieces, SEPARATORS[self.document])
-        head, pieces = _head(pieces)
+        head, pieces = head_of(pieces)
         if kind == "text" and self.format == "auto" and HEADER.match(head.lstrip("\n")):
             kind = "essays"
         if kind == "text":
             return one_document(pieces)
         if kind in FIELDS:
-            records = _headed(pieces, kind, str(file))
+            records = headed(pieces, kind, str(file))
         elif kind in (".csv", ".tsv"):
-            records = _table(pieces, "," if kind == ".csv" else "\t", self.fields, str(file))
+            records = table(pieces, "," if kind == ".csv" else "\t", self.fields, str(file))
         elif kind == ".json" and head.lstrip().startswith("["):
-            records = _json_array(pieces, str(file))
+            records = json_array(pieces, str(file))
         else:
-            records = _json_lines(pieces, str(file))
+            records = json_lines(pieces, str(file))
         return self._records(records, kind, file, found)
 
     def _records(self, records: Iterable[tuple[str, Any]], kind: str, file: File, found: Found) -> Iterator[str | None]:
@@ -225,7 +217,7 @@ class Source:
                             raise Malformed("the name of a field cannot be decoded")
                         filler, name = self._filler(record, kind, str(file))
                         found.layout, repeats_title = found.layout or filler.layout, name == "wiki2019zh"
-                    if self.min_star and not _stars(record) >= self.min_star:
+                    if self.min_star and not stars_of(record) >= self.min_star:
                         found.few_stars += 1
                         continue
                     values = {name: _text(record, name) for name in filler.fields}
@@ -384,188 +376,3 @@ def split_documents(pieces: Iterable[str], separator: re.Pattern) -> Iterator[st
         if rest := "".join(held).partition("\n")[0]:
             yield rest
         yield None
-
-
-def _head(pieces: Iterator[str]) -> tuple[str, Iterator[str]]:
-    """The text's first HEAD characters or more from the first that is no white space, and all of its pieces."""
-    first, size = [], 0
-    for piece in pieces:
-        first.append(piece)
-        size += len(piece) if size else len(piece.lstrip())
-        if size >= HEAD:
-            break
-    return "".join(first), itertools.chain(first, pieces)
-
-
-def _lines(pieces: Iterable[str], name: str) -> Iterator[str]:
-    """The lines of a text, with their ends. UserError for one longer than LONGEST."""
-    parts: list[str] = []
-    size, number = 0, 1
-    for piece in pieces:
-        first, *others = piece.split("\n")
-        parts.append(first)
-        size += len(first)
-        if size > LONGEST:
-            raise UserError(f"{name}: line {number:,} is longer than {LONGEST:,} characters: is it another format?")
-        for other in others:
-            yield "".join(parts) + "\n"
-            parts, size, number = [other], len(other), number + 1
-    if any(parts):
-        yield "".join(parts)
-
-
-def _json_lines(pieces: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
-    """(where, object) of JSON lines."""
-    for number, line in enumerate(_lines(pieces, name), 1):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            record = Malformed(error)
-        yield f"{name}, line {number:,}", record
-
-
-def _json_array(pieces: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
-    """(where, element) of one array, decoded as it comes. UserError where it is broken: what follows is unknown."""
-    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    buffer, at, line, number, ended = "", 0, 1, 0, False
-    expected = "["  # then an element or ], behind an element , or ], behind , an element, behind ] nothing
-
-    def more(wanted: int) -> None:
-        """Fills the buffer up to `wanted` characters from `at` on."""
-        nonlocal buffer, at, line, ended
-        parts, size = [buffer[at:]], len(buffer) - at
-        line, at = line + buffer.count("\n", 0, at), 0
-        while size < wanted and not ended:
-            parts.append(next(pieces, ""))
-            size, ended = size + len(parts[-1]), not parts[-1]
-        buffer = "".join(parts)
-
-    def broken(reason: object) -> UserError:
-        where = line + buffer.count("\n", 0, at)
-        return UserError(f"{name}, from line {where:,} on: the JSON array is broken: {reason}")
-
-    while True:
-        at = space.match(buffer, at).end()
-        while at == len(buffer) and not ended:
-            more(1)
-            at = space.match(buffer, at).end()
-        if at == len(buffer) and not expected:
-            return
-        if at == len(buffer):
-            raise broken("it has no end")
-        sign = buffer[at]
-        if sign in "[,]" and sign in expected:
-            at, expected = at + 1, {"[": "]element", ",": "element", "]": ""}[sign]
-            continue
-        if "element" not in expected:
-            raise broken(f"{sign!r} where {' or '.join(expected) or 'the end of the file'} was expected")
-        while True:
-            try:
-                record, end = decode(buffer, at)
-                if end < len(buffer) or ended:
-                    break
-                reason: Exception = ValueError("it has no end")  # a number may go on
-            except (ValueError, RecursionError) as error:
-                reason = error
-            wanted = max(2 * (len(buffer) - at), HEAD)
-            if ended or wanted > LONGEST:
-                raise broken(reason) from reason
-            more(wanted)
-        at, number, expected = end, number + 1, ",]"
-        yield f"{name}, element {number:,}", record
-
-
-def _table(pieces: Iterator[str], delimiter: str, fields: tuple[str, ...], name: str) -> Iterator[tuple[str, Any]]:
-    """(where, row by its columns' names) of .csv or .tsv; of one without names of columns, "1", "2" and so on.
-
-    Tabs are never quoted. UserError where a quote is left open, as all that follows it would be lost.
-    """
-    csv.field_size_limit(LONGEST)
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(_lines(pieces, name), delimiter=delimiter, quoting=quoting, strict=True)
-    names: list[str] = []
-    while True:
-        first = rows.line_num + 1
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if "unexpected end" in str(error) or "field limit" in str(error):
-                raise UserError(f"{name}, from line {first:,} on: a quote is opened and never closed") from error
-            row = Malformed(error)
-        where = f"{name}, line {first:,}" + (f" to {rows.line_num:,}" if rows.line_num > first else "")
-        if isinstance(row, Malformed):
-            yield where, row
-            continue
-        if not "".join(row).strip():
-            continue
-        if not names:
-            names = [str(i + 1) for i in range(len(row))]
-            if _is_header(row, fields):
-                names = [column.strip() for column in row]
-                continue
-        if len(row) != len(names):
-            yield where, Malformed(f"{len(row)} columns instead of {len(names)}")
-        else:
-            yield where, dict(zip(names, row, strict=True))
-
-
-def _is_header(row: list[str], fields: tuple[str, ...]) -> bool:
-    """Whether a table's first row names its columns. `fields` that are all numbers count those of one without names."""
-    columns = {column.strip() for column in row}
-    if fields:
-        return set(fields) <= columns and not all(name.isdigit() for name in fields)
-    return bool(columns & {*BODIES, "title", "answer", "english", "chinese", "label"})
-
-
-def _headed(pieces: Iterator[str], kind: str, name: str) -> Iterator[tuple[str, Any]]:
-    """The one record of a text whose title stands in its first line or in a header between two lines of ---."""
-    parts: list[str] = []
-    for piece in pieces:
-        parts.append(piece)
-        if sum(map(len, parts)) > LONGEST:
-            yield name, Malformed(f"it is longer than {LONGEST:,} characters")
-            return
-    text = "".join(parts).strip("\n")
-    if kind == "thucnews":
-        title, _, content = text.partition("\n")
-        yield name, {"title": title.strip(), "content": content.strip("\n")} if text else Malformed("it is empty")
-        return
-    header = re.match(r"---[^\S\n]*\n(.*?)^---[^\S\n]*(?:\n(.*)|\Z)", text, re.DOTALL | re.MULTILINE)
-    title = header and re.search(r"^[^\S\n]*标题[^\S\n]*[：:](.*)", header[1], re.MULTILINE)
-    missing = Malformed("it does not begin with a header of --- , 标题：… and ---")
-    yield name, {"title": title[1].strip(), "content": (header[2] or "").strip("\n")} if title else missing
-
-
-def _parquet(
-    file: File, columns: Callable[[list[str], str], list[str]], progress: Callable[[int], Any]
-) -> Iterator[tuple[str, Any]]:
-    """(where, row), in which only those columns are read that `columns` gives of all their names."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise UserError("a .parquet file needs a package: pip install pyarrow") from error
-    try:
-        with seekable(file, progress) as content:
-            table, number = parquet.ParquetFile(content), 0
-            names = table.schema_arrow.names
-            wanted = columns(names, str(file))
-            for batch in table.iter_batches(batch_size=256, columns=wanted):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number:,}", dict.fromkeys(names) | record
-    except UserError:
-        raise
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # some of what breaks is no Arrow exception
-        raise UserError(f"{file} cannot be read as Parquet: {error}") from error
-
-
-def _stars(record: dict[str, Any]) -> float:
-    try:
-        return float(record["star"])
-    except (KeyError, TypeError, ValueError):
-        raise Malformed('--min_star needs a number in the field "star"') from None

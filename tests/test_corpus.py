@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import charset
 import corpus
 import reading
 from configurator import Config, UserError
@@ -234,7 +235,7 @@ def test_pieces_have_the_ids_of_the_whole(text, chunk, val_fraction):
     encoding = pytest.importorskip("tiktoken").get_encoding("gpt2")
     cut = int(len(text) * (1 - val_fraction))
     chars = sorted(set(text))
-    size, reading.CHUNK = reading.CHUNK, chunk
+    sizes, (reading.CHUNK, charset.SAMPLE) = (reading.CHUNK, charset.SAMPLE), (chunk, chunk)
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "t.txt")
@@ -247,7 +248,7 @@ def test_pieces_have_the_ids_of_the_whole(text, chunk, val_fraction):
             assert ids(Path(folder), "train") == [chars.index(c) for c in text[:cut]]
             assert ids(Path(folder), "val") == [chars.index(c) for c in text[cut:]]
     finally:
-        reading.CHUNK = size
+        reading.CHUNK, charset.SAMPLE = sizes
 
 
 @needs_gpt2

@@ -15,9 +15,11 @@ from conftest import ROOT, SHARED
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import charset
 import corpus
 import documents
 import reading
+import records
 from configurator import Config, UserError
 from documents import LAST_CUT, TEMPLATE, Found, one_document, split_documents
 
@@ -30,8 +32,8 @@ SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 @pytest.fixture
 def chunk(monkeypatch):
     def change(size: int) -> None:
-        for name in ("CHUNK", "SAMPLE"):  # the first read is no smaller than either
-            monkeypatch.setattr(reading, name, size)
+        monkeypatch.setattr(reading, "CHUNK", size)
+        monkeypatch.setattr(charset, "SAMPLE", size)  # the first read is no smaller than either
 
     return change
 
@@ -259,7 +261,7 @@ def test_json_lines(tmp_path):
 
 
 def test_a_line_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONGEST", 1000)
+    monkeypatch.setattr(records, "LONGEST", 1000)
     monkeypatch.setattr(reading, "CHUNK", 100)
     for name in ("a.jsonl", "a.csv", "a.tsv", "a.json"):
         path = write(tmp_path / name, ("[" if name == "a.json" else "") + '"' + "a" * 200_000)
@@ -276,10 +278,10 @@ def test_a_line_without_end(tmp_path, monkeypatch):
 def test_json_arrays(values, size, indent, ascii):
     text = json.dumps(values, indent=indent, ensure_ascii=ascii)
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
-    assert [record for _, record in documents._json_array(iter(pieces), "a")] == values
+    assert [record for _, record in records.json_array(iter(pieces), "a")] == values
     for cut in range(0, len(text), max(1, len(text) // 7)):
         with pytest.raises(UserError):
-            list(documents._json_array(iter([text[:cut]]), "a"))
+            list(records.json_array(iter([text[:cut]]), "a"))
 
 
 def test_arrays_in_files(tmp_path):
@@ -339,7 +341,7 @@ def test_csv_is_pythons(rows, size):
     text = out.getvalue()
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     expected = [dict(zip(("title", "text"), row, strict=True)) for row in rows if "".join(row).strip()]
-    assert [record for _, record in documents._table(iter(pieces), ",", (), "a")] == expected
+    assert [record for _, record in records.table(iter(pieces), ",", (), "a")] == expected
 
 
 # ---- Parquet

@@ -17,9 +17,11 @@ from conftest import ROOT, SHARED
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import charset
 import reading
+from charset import check_encoding, decoded, encoding_of
 from configurator import Config, UserError
-from reading import File, check_encoding, encoding_of, files_in, read_text
+from reading import File, files_in, read_text
 
 STORIES = (ROOT / "data" / "chinese" / "stories_zh.txt").read_text(encoding="utf-8")
 CLASSICS = SHARED / "data" / "zh" / "four_classics.txt"
@@ -43,9 +45,9 @@ FOREIGN = {
 
 @pytest.fixture
 def chunk(monkeypatch):
-    def change(size: int, sample: int = reading.SAMPLE) -> None:
+    def change(size: int, sample: int = charset.SAMPLE) -> None:
         monkeypatch.setattr(reading, "CHUNK", size)
-        monkeypatch.setattr(reading, "SAMPLE", sample)  # the first read is no smaller
+        monkeypatch.setattr(charset, "SAMPLE", sample)  # the first read is no smaller
 
     return change
 
@@ -223,7 +225,7 @@ def test_zstd_without_its_package(tmp_path, monkeypatch):
 def test_zstd_bombs_are_read_in_pieces(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     path = write(tmp_path / "a.txt.zst", zstandard.ZstdCompressor().compress(bytes(2**26)))
-    assert max(map(len, read_text(path))) <= reading.CHUNK + reading.SAMPLE
+    assert max(map(len, read_text(path))) <= reading.CHUNK + charset.SAMPLE
 
 
 def test_empty_files(tmp_path):
@@ -321,7 +323,7 @@ def test_short_extracts_are_told(source, encoding):
         for sample in samples:
             data = sample.encode(encoding)
             try:
-                wrong[sizes] += reading._decoded(data, encoding_of(data, File(Path("t")), True)) != sample
+                wrong[sizes] += decoded(data, encoding_of(data, File(Path("t")), True)) != sample
             except UserError:
                 wrong[sizes] += 1
     assert wrong[20, 99] == wrong[100, 2000] == 0 and wrong[10, 19] <= 4, wrong
@@ -447,7 +449,7 @@ def test_detection_does_not_depend_on_the_chunk(tmp_path_factory, chunk, ascii, 
 def test_no_file_is_held_whole(tmp_path, chunk):
     chunk(2**14)
     path = write(tmp_path / "t.txt", "好".encode() * 2**20)
-    assert max(map(len, read_text(path))) <= 2**14 + reading.SAMPLE
+    assert max(map(len, read_text(path))) <= 2**14 + charset.SAMPLE
 
 
 @given(st.binary(max_size=200), st.sampled_from(["stop", "skip"]))
