@@ -15,6 +15,8 @@ import json
 import os
 import pickle
 import re
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -449,7 +451,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=sorted(BYTE_OF), show_progress=False
     )
-    library.train_from_iterator(pieces(), trainer)
+    in_python = threading.current_thread() is threading.main_thread() and signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:  # the library does not come back to Python for minutes, so Ctrl-C ends the process by itself
+        library.train_from_iterator(pieces(), trainer)
+    finally:
+        if in_python:
+            signal.signal(signal.SIGINT, in_python)
     library.add_special_tokens([END_OF_TEXT])
     return BPETokenizer(library.to_str(), library.token_to_id(END_OF_TEXT))
 

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import urllib.request
 from array import array
 from collections import Counter, deque
@@ -24,14 +25,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from charset import check_encoding
-from configurator import Config, UserError, user_errors
+from configurator import Config, UserError, note, user_errors
 from documents import FORMATS, NORMALIZE, Found, Source, normalizer, template_of
 from reading import files_in
 from tokenizer import (
@@ -45,7 +45,7 @@ from tokenizer import (
     load_tokenizer,
     train_bpe,
 )
-from writing import SPLITS, DatasetWriter, end_text, progress_bar
+from writing import SPLITS, DatasetWriter, end_text, held, progress_bar
 
 CHUNK = 2**18  # characters counted and encoded at once, few enough to stay in a cache
 LEFT_OUT = len(SPLITS)  # the fate of a document that is in neither
@@ -62,8 +62,8 @@ TINY_SHAKESPEARE = (  # its address and its SHA-256
 )
 
 
-def open_source(inputs: list[str], config: Config) -> Source:
-    """What the settings of a prepare.py say about reading `inputs`. UserError where they make no sense."""
+def open_source(inputs: list[str], config: Config, flag: str = "input") -> Source:
+    """What the settings of a prepare.py say about reading `inputs`, given by --flag. UserError where they are wrong."""
     o = Config(**(DEFAULTS | vars(config)))
     check_encoding(o.encoding)
     for key, known in (("errors", ("stop", "skip")), ("format", FORMATS),
@@ -77,7 +77,7 @@ def open_source(inputs: list[str], config: Config) -> Source:
     fields = tuple(name.strip() for name in o.fields.split(",") if name.strip())
     if fields or o.template:
         fields = template_of(list(fields), o.template).fields
-    files = tuple(files_in(inputs))
+    files = tuple(files_in(inputs, flag))
     document = o.document
     if document == "auto":
         document = "text" if len(files) == 1 and not Path(inputs[0]).is_dir() else "file"
@@ -203,12 +203,12 @@ def survey(sources: list[Source], o: Config, ended: bool, progress: Callable[[in
     if s.found.malformed > (max(1, allowed * s.found.records) if allowed else 0):  # a small file may have one
         raise UserError(
             f"{s.found.malformed:,} of {s.found.records:,} records are malformed, more than --max_bad={o.max_bad}: "
-            "mend them, or allow more"
+            "mend them, or allow more (a .json file is one array, or has an object in each line)"
         )
     named = str(sources[0].files[0]) if len(sources[0].files) == 1 else f"these {len(sources[0].files)} files"
     if not sum(s.characters):
         reasons = left_out(s)
-        raise UserError(f"{named}: there is no text in it" + (f"; left out: {reasons}" if reasons else ""))
+        raise UserError(f"{named}: there is no text" + (f" left; left out: {reasons}" if reasons else " in it"))
     if len(sources) == 1 and sum(s.documents) == 1:
         size = sum(s.characters)
         s.cut = int(size * (1 - o.val_fraction))
@@ -337,10 +337,15 @@ def prepare(source: Source, config: Config, here: str | Path, layout: str = "") 
     The config is that of a prepare.py, see DEFAULTS; `layout` is how a document of plain text is laid out. UserError
     where it cannot.
     """
-    o = Config(**(DEFAULTS | vars(config)))
-    chosen = check_options(config)
-    sources = [source] + ([open_source(o.val_input, o)] if o.val_input else [])
+    with held(config.dest or here) as folder:
+        return _prepare(source, Config(**(DEFAULTS | vars(config))), check_options(config), folder, layout)
+
+
+def _prepare(source: Source, o: Config, chosen: Tokenizer | None, folder: Path, layout: str) -> dict[str, Any]:
+    sources = [source] + ([open_source(o.val_input, o, "val_input")] if o.val_input else [])
     ended = any(source.ended for source in sources)
+    if not ended and (o.dedup or o.min_chars > 1):
+        note("note: one text has no documents to leave out: --dedup and --min_chars need --document=line or blank")
     if ended:
         sources = [replace(s, document="file") if s.document == "text" else s for s in sources]
     with user_errors(OSError, about="cannot read the text"):
@@ -367,7 +372,7 @@ def prepare(source: Source, config: Config, here: str | Path, layout: str = "") 
             "one file, or --tokenizer=char for a new vocabulary"
         )
 
-    with DatasetWriter(o.dest or here, chosen) as writer:
+    with DatasetWriter(folder, chosen) as writer:
         done = 0
         with progress_bar(size, "encoding") as progress, encoder(chosen, o.num_proc) as encode:
             for split, texts, ends, ids in encode(batches(encodable(sources, s, chosen.last_cut, progress))):
@@ -388,6 +393,7 @@ def prepare(source: Source, config: Config, here: str | Path, layout: str = "") 
 def left_out(s: Survey) -> str:
     """How many documents are left out, and why."""
     found = s.left_out + Counter({"malformed": s.found.malformed, "of too few stars": s.found.few_stars})
+    found += Counter({"without text": s.found.empty})
     return ", ".join(f"{n:,} {reason}" for reason, n in found.items())
 
 
@@ -423,6 +429,8 @@ def encodable(
                 continue
             if not inside:
                 number, inside, position = number + 1, True, 0
+                if s.fates and number == len(s.fates):
+                    raise UserError("the text changed while it was being read; run again")
                 fate = s.fates[number] if s.fates else part
                 fate = 0 if s.cut is not None and fate != LEFT_OUT else fate
             if fate == LEFT_OUT:
@@ -492,7 +500,7 @@ def encoder(tokenizer: Tokenizer, num_proc: int) -> Iterator[Callable]:
             yield *batch, future.result()
 
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, context, partial(signal.signal, signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(num_proc, context, _work_for_the_parent) as pool:
         try:
             yield encode
         except BrokenProcessPool as error:
@@ -500,6 +508,17 @@ def encoder(tokenizer: Tokenizer, num_proc: int) -> Iterator[Callable]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _work_for_the_parent() -> None:
+    """In a process that encodes: Ctrl-C is the parent's affair, and without the parent there is nothing to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _first_positions(sources: list[Source], s: Survey, tokenizer: CharTokenizer) -> dict[str, int]:

@@ -52,6 +52,7 @@ class Found:
     records: int = 0
     malformed: int = 0
     few_stars: int = 0
+    empty: int = 0
     layout: str = ""
 
     def encoding(self, file: File, name: str) -> None:
@@ -98,8 +99,9 @@ class Template:
 def template_of(fields: list[str], template: str) -> Template:
     """The template that --fields and --template give. UserError where they do not fit together."""
     if not template:
-        first, *rest = fields
-        template = f"{{{first}}}" if not rest else f"《{{{first}}}》\n" + "\n".join(f"{{{name}}}" for name in rest)
+        around = [""] * 2 if len(fields) == 1 else ["《", "》\n", *["\n"] * (len(fields) - 2), ""]
+        parts = tuple((text, name) for text, name in zip(around, [*fields, None], strict=True) if text or name)
+        return Template(tuple(fields), parts)
     parts: list[list[Any]] = [["", None]]  # what lies between braces that are doubled is no part of its own
     written = template.replace("\\n", "\n").replace("\\t", "\t")
     try:
@@ -235,6 +237,8 @@ class Source:
             if text := text.strip("\n"):
                 yield text
                 yield None
+            else:
+                found.empty += 1
 
     def _columns(self, names: list[str], where: str) -> list[str]:
         """Those of a table's columns that are read. UserError where it lacks them."""

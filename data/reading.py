@@ -15,6 +15,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from typing import Any, BinaryIO
 
 import charset
 from charset import CHINESE, RUN, UTF_8_RUN, decoder_of, encoding_of, named
-from configurator import UserError
+from configurator import UserError, note
 
 CHUNK = 2**20  # bytes read at once
 PACKED = (".gz", ".xz", ".zst", ".zip")
 TEXT, RECORDS = (".txt",), (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+TARS = (".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.zst", ".rar", ".7z")
 NOT_FOR_INPUT = ("meta.json", "tokenizer.json")  # what prepare.py itself leaves in a folder
 
 
@@ -65,31 +67,35 @@ def is_wiki_dump(name: str) -> bool:
     return name.startswith("wiki_") and name[5:].isdigit()
 
 
-def files_in(inputs: list[str]) -> list[File]:
-    """The files among `inputs`, those that the patterns among them match, and what folders, given or matched, have of
-    text and records, at any depth, sorted, none hidden; a .zip's members likewise. UserError where there is none."""
+def files_in(inputs: list[str], key: str = "input") -> list[File]:
+    """The files among `inputs`, given by --key, those that the patterns among them match, and what folders, given or
+    matched, have of text and records, at any depth, sorted, none hidden; a .zip's members likewise. UserError where
+    there is none."""
     files: list[File] = []
     for name in inputs:
         if not name:
-            raise UserError("--input= is empty: expected a file, a folder or a pattern such as novels/*.txt")
-        with _readable(f"--input={name}"):
+            raise UserError(f"--{key}= is empty: expected a file, a folder or a pattern such as novels/*.txt")
+        with _readable(f"--{key}={name}"):
             paths = [Path(name)] if Path(name).exists() else sorted(map(Path, glob.glob(name, recursive=True)))
             paths = [file for path in paths for file in (_below(path) if path.is_dir() else [path])]
             paths = [path for path in dict.fromkeys(paths) if path.is_file()]  # ** matches folders and their files
         if not paths and Path(name).is_dir():
             kinds = ", ".join((*TEXT, *RECORDS))
-            raise UserError(f"--input={name}: there is no {kinds} file in this folder or below, packed or not")
+            raise UserError(f"--{key}={name}: there is no {kinds} file in this folder or below, packed or not")
         if not paths:
-            raise UserError(f"--input={name}: there is no such file or folder")
+            what = "it is no file that can be read twice" if Path(name).exists() else "there is no such file or folder"
+            raise UserError(f"--{key}={name}: {what}")
         for path in paths:
             files += _members(path) if path.suffix.lower() == ".zip" else [File(path)]
-    if tar := next((file for file in files if file.suffix in (".tar", ".tgz")), None):
+    if tar := next((file for file in files if file.suffix in TARS), None):
         raise UserError(f"{tar} is an archive: unpack it and give its folder")
     return files
 
 
 def _below(folder: Path) -> list[Path]:
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    if inner := [name for name in found if name.lower().endswith(TARS)]:
+        note(f"note: {folder}: {', '.join(inner[:3])}{', …' if inner[3:] else ''} is not read: unpack it")
     return [found[name] for name in sorted(found) if _is_for_input(name)]
 
 
@@ -103,6 +109,8 @@ def _is_for_input(name: str) -> bool:
 def _members(path: Path) -> list[File]:
     with _readable(str(path)):
         names = sorted(_archive(path)[1])
+    if inner := [name for name in names if name.lower().endswith((".zip", *TARS))]:
+        note(f"note: {path}: {', '.join(inner[:3])}{', …' if inner[3:] else ''} is not read: unpack it")
     members = [File(path, name) for name in names if _is_for_input(name) and not name.lower().endswith(".zip")]
     if not members:
         raise UserError(f"{path}: there is no {', '.join((*TEXT, *RECORDS))} file in this archive")
@@ -120,7 +128,11 @@ def _opened(path: Path, size: int, changed: int) -> tuple[zipfile.ZipFile, dict[
         archive = zipfile.ZipFile(path)
     except (ValueError, struct.error, OverflowError) as error:
         raise zipfile.BadZipFile(str(error)) from error
-    return archive, {_name_of(info): info for info in archive.infolist() if not info.is_dir()}
+    members = [(_name_of(info), info) for info in archive.infolist() if not info.is_dir()]
+    names = Counter(name for name, _ in members if _is_for_input(name))
+    if names and (most := names.most_common(1)[0])[1] > 1:
+        raise zipfile.BadZipFile(f"{most[1]} of its files are called {most[0]}")
+    return archive, dict(members)
 
 
 def _name_of(info: zipfile.ZipInfo) -> str:

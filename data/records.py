@@ -205,5 +205,5 @@ def parquet_rows(
 def stars_of(record: dict[str, Any]) -> float:
     try:
         return float(record["star"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise Malformed('--min_star needs a number in the field "star"') from None

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,37 @@ CHECKED = 2**20  # characters that are read back and compared
 SPLITS = ("train", "val")
 
 
+@contextmanager
+def held(folder: str | Path) -> Iterator[Path]:
+    """The folder of a dataset, made and put in order, in which nobody else writes meanwhile; also inside of itself.
+    UserError where that cannot be. A folder that was made for nothing goes again."""
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = filelock.FileLock(folder / ".lock", is_singleton=True)
+    done = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        settle(folder)
+        if lock.lock_counter == 1:
+            for left in (*(folder / f"{name}.new" for name in FILES), *folder.glob(".documents-*")):
+                left.unlink(missing_ok=True)  # by a run that was killed
+    except filelock.Timeout:
+        raise UserError(f"another prepare.py is writing into {folder}: wait for it, or choose another --dest") from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        yield folder
+        done = True
+    finally:
+        lock.release()
+        if made and not done:
+            with suppress(OSError):
+                (folder / ".lock").unlink()
+                for path in made:
+                    path.rmdir()
+
+
 class DatasetWriter:
     """train.bin, val.bin and meta.json in a folder: beside the old ones until `finish`, which replaces those.
 
@@ -28,7 +59,7 @@ class DatasetWriter:
         self.folder, self.tokenizer = Path(folder), tokenizer
         self._stored = np.dtype(tokenizer.dtype).newbyteorder("<")
         self._files: dict[str, Any] = {}
-        self._lock = filelock.FileLock(self.folder / ".lock")
+        self._held = ExitStack()
         self._hashes = {split: hashlib.sha256() for split in SPLITS}
         self._tokens = dict.fromkeys(SPLITS, 0)
         self._max_id = -1
@@ -36,27 +67,21 @@ class DatasetWriter:
         self._sample_size = self._sample_tokens = 0
 
     def __enter__(self) -> "DatasetWriter":
+        self._held.enter_context(held(self.folder))
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-            settle(self.folder)
-            for name in FILES:  # what a killed run left
-                self.folder.joinpath(f"{name}.new").unlink(missing_ok=True)
             for split in SPLITS:
                 self._files[split] = self._beside(f"{split}.bin").open("wb", buffering=2**20)
-        except filelock.Timeout:
-            raise UserError(
-                f"another prepare.py is writing into {self.folder}: wait for it, or choose another --dest"
-            ) from None
         except OSError as error:
             self._discard()
-            raise self._cannot_write(error) from error
+            self._held.__exit__(type(error), error, error.__traceback__)
+            raise _cannot_write(self.folder, error) from error
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._discard()
+        self._held.__exit__(kind, error, trace)
         if isinstance(error, OSError):
-            raise self._cannot_write(error) from error
+            raise _cannot_write(self.folder, error) from error
 
     def checks(self, split: str) -> bool:
         """Whether `write` would compare what it is given next with a text."""
@@ -171,12 +196,10 @@ class DatasetWriter:
         for name in FILES:
             with suppress(OSError):
                 self._beside(name).unlink()
-        self._lock.release()
 
-    def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write into {self.folder}: {error.strerror or error}; choose another place with --dest"
-        )
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write into {folder}: {error.strerror or error}; choose another place with --dest")
 
 
 def _close(file: Any) -> None:

@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -374,6 +376,56 @@ def test_what_is_kept_is_counted(tmp_path):
     assert "kept" not in done.out.replace("U+FFFD", "") or "U+3000" not in done.out
     assert slow_text(tmp_path / "out", "train").startswith("一二\ufffd\n一")
     refused(run("chinese", "--normalize=nfc"), "--normalize=nfc")
+
+
+def test_a_text_that_grows_while_it_is_read_is_a_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "t.txt"
+    path.write_text("一行\n" * 40, encoding="utf-8")
+    survey = corpus.survey
+
+    def slow_survey(*args):
+        found = survey(*args)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("又一行\n" * 40)
+        return found
+
+    monkeypatch.setattr(corpus, "survey", slow_survey)
+    for document in ("line", "text"):
+        source = corpus.Source((File(path),), document=document)
+        with pytest.raises(UserError, match="changed while it was being read"):
+            corpus.prepare(source, options(), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_that_encode_end_with_their_parent(tmp_path, number):
+    (tmp_path / "t.txt").write_text("".join(f"第{n}回，他说：「好。」\n" for n in range(200_000)), encoding="utf-8")
+    script = str(ROOT / "data" / "chinese" / "prepare.py")
+    command = [sys.executable, script, f"--input={tmp_path / 't.txt'}", "--num_proc=2", f"--dest={tmp_path / 'out'}"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline, workers = time.monotonic() + 60, []
+    while len(workers) < 2 and parent.poll() is None and time.monotonic() < deadline:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    parent.send_signal(number)
+    parent.wait()
+    assert len(workers) == 2
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_what_has_no_text_is_counted_and_a_wrong_flag_is_named(tmp_path):
+    records = [{"text": f"文{n}"} for n in range(30)] + [{"text": ""}, {"text": None}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    given = f"--input={tmp_path / 't.jsonl'}", f"--dest={tmp_path / 'out'}"
+    done = run("chinese", *given)
+    assert done.returncode == 0 and "left out: 2 without text" in done.out
+    refused(run("chinese", *given, "--val_input=/nowhere"), "--val_input=/nowhere")
+    (tmp_path / "b.jsonl").write_text('{"a{b}": "文"}\n' * 30, encoding="utf-8")
+    done = run("chinese", f"--input={tmp_path / 'b.jsonl'}", given[1])
+    assert done.returncode == 0 and done.out.split()[:4] == ["train", "val", "in", "all"], done.err
 
 
 def test_seen_is_a_set():

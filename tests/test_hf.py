@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import run_script
 
+from writing import held
+
 pytest.importorskip("datasets")
 DOCUMENTS = [{"title": f"第{n}篇", "text": f"这是第{n}篇文章。\n它有两行。", "stars": n % 5} for n in range(60)]
 
@@ -61,6 +63,17 @@ def test_fields_a_part_and_the_datasets_own_validation_split(tmp_path, files):
     expected = [f"《{document['title']}》\n{document['text']}" for document in DOCUMENTS[:30]]
     assert documents(dest, "train") == documents(dest, "val") == expected
     assert json.loads((dest / "meta.json").read_text(encoding="utf-8"))["template"] == "《{title}》\n{content}"
+
+
+def test_two_at_once_and_what_a_killed_run_left(tmp_path, files):
+    dest = tmp_path / "out"
+    with held(dest):
+        (dest / ".documents-train.jsonl").write_text("the other run's")
+        done = prepare(dest, "--path=json", *files["json"], cwd=tmp_path)
+        assert done.returncode == 2 and "another prepare.py is writing into" in done.stderr.splitlines()[-1]
+        assert (dest / ".documents-train.jsonl").read_text() == "the other run's"
+    with held(dest):
+        assert [path.name for path in dest.iterdir()] == [".lock"]
 
 
 def test_mistakes_are_sentences_and_leave_nothing(tmp_path, files):

@@ -9,6 +9,7 @@ import random
 import struct
 import sys
 import unicodedata
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -353,6 +354,18 @@ def test_binary_files_are_told(tmp_path):
     for data in (jpeg, png, program, gzip.compress(rng.randbytes(999)), bz2.compress(STORIES.encode()[:5000])):
         write(tmp_path / "t.txt", data)
         refused(lambda: text_of(tmp_path / "t.txt"), "t.txt", "encoding")
+
+
+def test_members_of_one_name_and_archives_inside_archives_are_told(tmp_path, capsys):
+    for name, members in (("two.zip", ["a.txt", "a.txt"]), ("nested.zip", ["a.txt", "b.zip", "c.tar.gz"])):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for member in members:
+                archive.writestr(member, "text")
+    with pytest.raises(UserError, match="two.zip.*2 of its files are called a.txt"):
+        files_in([str(tmp_path / "two.zip")])
+    assert [file.member for file in files_in([str(tmp_path / "nested.zip")])] == ["a.txt"]
+    assert "b.zip, c.tar.gz is not read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path[:0] = [str(p) for p in Path(__file__).resolve().parents[1:3]]
-from configurator import Config, UserError, configure, run, user_errors
+from configurator import Config, UserError, configure, run
 
 # what to read
 path = ""  # the dataset on the Hub, a folder, or with data_files a format: 'parquet', 'json', 'csv', 'text'
@@ -40,7 +40,7 @@ config = configure(globals())
 
 import corpus
 from documents import template_of
-from writing import progress_bar
+from writing import held, progress_bar
 
 
 def stream(config: Config, split: str, file: Path) -> None:
@@ -49,7 +49,7 @@ def stream(config: Config, split: str, file: Path) -> None:
         import datasets
     except ImportError as error:
         raise UserError("this needs Hugging Face datasets: pip install datasets") from error
-    columns = list(template_of(config.fields.split(","), config.template).fields)
+    columns = list(template_of([name.strip() for name in config.fields.split(",")], config.template).fields)
     count, total = 0, config.max_documents or None
     try:
         options = {"data_files": config.data_files} if config.data_files else {}
@@ -81,19 +81,17 @@ def main(config: Config) -> None:
         raise UserError("--path= names the dataset, such as wikimedia/wikipedia (--help shows examples)")
     config.fields, here = config.fields or config.text_column, Path(__file__).resolve().parent
     corpus.check_options(config)
-    folder = Path(config.dest or here)
-    splits = {folder / ".documents-train.jsonl": config.split, folder / ".documents-val.jsonl": config.val_split}
-    files = [file for file, split in splits.items() if split]
-    try:
-        with user_errors(OSError, about=f"cannot write into {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            stream(config, splits[file], file)
-        config.val_input = list(map(str, files[1:]))
-        corpus.prepare(corpus.open_source([str(files[0])], config), config, here)
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
+    with held(config.dest or here) as folder:
+        splits = {folder / ".documents-train.jsonl": config.split, folder / ".documents-val.jsonl": config.val_split}
+        files = [file for file, split in splits.items() if split]
+        try:
+            for file in files:
+                stream(config, splits[file], file)
+            config.val_input = list(map(str, files[1:]))
+            corpus.prepare(corpus.open_source([str(files[0])], config), config, here)
+        finally:
+            for file in files:
+                file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
