@@ -82,7 +82,7 @@ def test_every_command_of_the_readme(tmp_path):
         python = f"{shlex.quote(sys.executable)} "
         if "-m venv" in command or "-m pip" in command:
             for file in re.findall(r"-r (\S+)", command):  # what pip is asked for: `make test` has installed it
-                assert all(re.match(r"[-a-z_0-9]+(==[\d.]+)?(\s+#.*)?$|-r |#|$", x) for x in (clone / file).open())
+                assert all(re.match(r"[-a-z_0-9]+([=>]=[\d.]+)?(\s+#.*)?$|-r |#|$", x) for x in (clone / file).open())
             continue
         if any(word in command for word in HUB) or command.endswith("out-shakespeare"):
             keys_parse(command, clone)
