@@ -600,7 +600,7 @@ def packed(name: str, data: bytes, how: str) -> tuple[str, bytes]:
     return (name + how, gzip.compress(data)) if how == ".gz" else (name, data)
 
 
-FUZZED, EXAMPLES = 400, 50  # of files; more by hand
+FUZZED, EXAMPLES = 700, 300  # of files
 
 
 def test_any_file_makes_a_dataset_or_a_sentence(tmp_path, monkeypatch):
