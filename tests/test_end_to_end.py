@@ -24,7 +24,15 @@ SMALL_TRAIN = f"{SMALL} --bias=False --dropout=0.0 --gradient_accumulation_steps
 SMALL_BENCH = (
     "--device=cpu --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --vocab_size=100 --num_steps=2 --real_data=False"
 )
-HUB = ("--init_from=gpt2", 'pico.py "Alan', "config/eval_gpt2", "config/finetune_shakespeare", "--nnodes=2", "sbatch ")
+HUB = (
+    "--init_from=gpt2",
+    "--path=wikimedia",
+    'pico.py "Alan',
+    "config/eval_gpt2",
+    "config/finetune_shakespeare",
+    "--nnodes=2",
+    "sbatch ",
+)
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the README's commands are for a POSIX shell")
 
 
