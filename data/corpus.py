@@ -104,6 +104,7 @@ class CharacterCounts:
         self._waiting, self._size = [], 0
 
     def merge(self, others: "CharacterCounts") -> None:
+        """Adds what the others have counted."""
         others._count()
         self._counts += others._counts
 

@@ -150,7 +150,7 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror or error}") from error
-    except (EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, RuntimeError) as error:  # plain ones of zipfile
         raise UserError(f"{name} cannot be unpacked: {error}; get it again, or unpack it by other means") from error
 
 

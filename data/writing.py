@@ -11,7 +11,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, user_errors
 from tokenizer import FILES, Tokenizer, read_meta, settle
 
 CHECKED = 2**20  # characters that are read back and compared
@@ -29,15 +29,16 @@ def held(folder: str | Path) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-        settle(folder)
-        if lock.lock_counter == 1:
-            for left in (*(folder / f"{name}.new" for name in FILES), *folder.glob(".documents-*")):
-                left.unlink(missing_ok=True)  # by a run that was killed
     except filelock.Timeout:
         raise UserError(f"another prepare.py is writing into {folder}: wait for it, or choose another --dest") from None
     except OSError as error:
         raise _cannot_write(folder, error) from error
     try:
+        settle(folder)
+        if lock.lock_counter == 1:
+            with user_errors(OSError, about=f"cannot clear {folder} of what a killed run left"):
+                for left in (*(folder / f"{name}.new" for name in FILES), *folder.glob(".documents-*")):
+                    left.unlink(missing_ok=True)
         yield folder
         done = True
     finally:
