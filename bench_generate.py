@@ -7,25 +7,25 @@ Notable choices:
 - The peers are of the same shape and sample alike: our model without a cache, transformers, nanoGPT.
 """
 
-import importlib.util
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from math import exp
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 import checkpoint
+from bench_train import nanogpt_model
 from configurator import Config, UserError, note
+from decoder import Decoder, bare
 from device import try_compiled
 from generate import Sampling, stream
 from loader import Tokens, dataset_folder, evaluation_batches, open_split
-from model import GPT, Decoder, bare
+from model import GPT
 from quantize import quantize
 from tokenizer import CharTokenizer
 
@@ -166,15 +166,8 @@ def peers(c: Config, model: GPT, prompt: int, new: int) -> dict[str, Callable[[t
         theirs = GPT2LMHeadModel(config).eval().to(device)
         how = dict(do_sample=True, temperature=0.8, top_k=200, eos_token_id=None, pad_token_id=0, use_cache=True)
         found["transformers"] = lambda ids: theirs.generate(ids, min_new_tokens=new, max_new_tokens=new, **how)
-    if c.nanogpt:
-        path = Path(c.nanogpt) / "model.py"
-        if not path.is_file():
-            raise UserError(f"nanogpt={c.nanogpt}: there is no model.py in it; give a folder with a copy of nanoGPT")
-        spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        own = {size: getattr(shape, size) for size in (*sizes, "block_size", "bias")}
-        nano = module.GPT(module.GPTConfig(dropout=0.0, **own)).eval().to(device)
+    if c.against:
+        nano = nanogpt_model(c.against, shape).eval().to(device)
         found["nanogpt"] = lambda ids: nano.generate(ids, new, temperature=0.8, top_k=200)
     return found
 

@@ -62,10 +62,10 @@ def compared_processes(c: Config, source: Path, folder: Path, say: Callable[[str
                 shutil.copyfileobj(part, file, 2**20)
     prepare = [sys.executable, str(ROOT / "data" / "chinese" / "prepare.py"), f"--input={big}"]
     commands = {"characters": [*prepare, f"--dest={folder / 'out'}"]}
-    if c.nanogpt:
-        script = Path(c.nanogpt) / "data" / "shakespeare_char" / "prepare.py"
+    if c.against:
+        script = Path(c.against) / "data" / "shakespeare_char" / "prepare.py"
         if not script.is_file():
-            raise UserError(f"nanogpt={c.nanogpt}: there is no {script.name} of shakespeare_char in it")
+            raise UserError(f"against={c.against}: there is no {script.name} of shakespeare_char in it")
         nano.parent.mkdir()
         shutil.copy(script, nano)
         (nano.parent / "input.txt").symlink_to(big)

@@ -254,27 +254,35 @@ def pretrained(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None
     return model, tokenizer
 
 
-def named_state(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """The optimizer's state by parameter name, which survives a change of the parameters' order or grouping."""
-    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
+def named_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizers' state by parameter name, which survives a change of the parameters' order or grouping."""
+    known = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    return {name: known[p] for name, p in model.named_parameters() if p in known}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, state: dict[str, Any], where: str | Path) -> None:
-    """Restores the optimizer's state, by name from our files, by position from nanoGPT's; its options stay the run's.
+def load_optimizers(
+    optimizers: list[torch.optim.Optimizer], model: GPT, state: dict[str, Any], where: str | Path
+) -> None:
+    """Restores the optimizers' state, by name from our files, by position from nanoGPT's; their options stay the run's.
 
     A position table that a smaller block_size cropped crops its moments. Without a state, as in a file of weights
-    alone, the optimizer stays fresh, and that is said.
+    alone, the optimizers stay fresh, and that is said.
     """
+    if not (state.get("optimizers") or state.get("optimizer")):
+        note(f"note: {where} holds no optimizer state; its moments start from zero")
+        return
+    for optimizer in optimizers:
+        _load_optimizer(optimizer, model, state, where)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, state: dict[str, Any], where: str | Path) -> None:
     own = optimizer.state_dict()
     names = {p: name for name, p in model.named_parameters()}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if state.get("optimizers"):
         loaded = {i: state["optimizers"][names[p]] for i, p in enumerate(params) if names[p] in state["optimizers"]}
-    elif state.get("optimizer"):
-        loaded = dict(state["optimizer"]["state"])
     else:
-        note(f"note: {where} holds no optimizer state; its moments start from zero")
-        return
+        loaded = dict(state["optimizer"]["state"])
     if loaded and len(loaded) != len(params):
         raise UserError(f"{where}: its optimizer has {len(loaded)} parameters, this model {len(params)}")
     cropped = {

@@ -1,9 +1,11 @@
 """The device under a run: which one, its number format, autocast, torch.compile where it works, its memory's end."""
 
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -40,7 +42,19 @@ def choose_device(device: str, local_rank: int | None = None) -> str:
     elif kind not in ("cpu", "mps"):
         raise UserError(f"device={device}: expected auto, cpu, cuda, cuda:1 or mps")
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+    if kind == "cpu":
+        keep_memory()
     return device
+
+
+def keep_memory() -> None:
+    """Lets the C library keep what is freed. By default glibc gives large pieces back to the system, which maps and
+    clears them anew for the next step: 10 to 25% of the time of training on a CPU."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library, such as Alpine's, has no mallopt
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-4, 0)  # M_MMAP_MAX: no piece is mapped by itself
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 def choose_dtype(dtype: str, device: str) -> str:

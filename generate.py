@@ -17,7 +17,8 @@ from math import inf, isfinite, log
 import torch
 
 from configurator import UserError
-from model import GPT, Decoder, derive_seed
+from decoder import Decoder
+from model import GPT, derive_seed
 from tokenizer import Tokenizer
 
 GAMMA, MIX_1, MIX_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # SplitMix64's

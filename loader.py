@@ -42,8 +42,7 @@ class Tokens:
         block = self.ids[starts[:, None] + np.arange(block_size + 1)]
         if (largest := int(block.max())) >= vocab_size:
             raise UserError(_beyond(self.path, largest, vocab_size))
-        block = block.astype(np.int64)
-        return torch.from_numpy(block[:, :-1].copy()), torch.from_numpy(block[:, 1:].copy())
+        return torch.from_numpy(block[:, :-1].astype(np.int64)), torch.from_numpy(block[:, 1:].astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -311,21 +310,30 @@ def training_batches(
     """(global micro-step, x, y) without end, from sequence number `first` on: this process's share of each step.
 
     A step takes batch_size * micro_steps sequences over all processes; of its micro-steps, process r takes
-    r, r + world_size, ... The next batch is read, and for CUDA pinned, while the caller works on this one.
+    r, r + world_size, ... The next batch is read, and copied to the GPU on a stream of its own, while the caller works
+    on this one.
     """
-    cuda = device.startswith("cuda")
+    side = torch.cuda.Stream(device) if device.startswith("cuda") else None
 
     def read(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         numbers = first + (step * micro_steps + micro_step) * batch_size + np.arange(batch_size)
         pair = data.windows(numbers, block_size, vocab_size, seed)
-        return tuple(t.pin_memory() for t in pair) if cuda else pair
+        if side is None:
+            return tuple(t.to(device) for t in pair)
+        with torch.cuda.stream(side):
+            return tuple(t.pin_memory().to(device, non_blocking=True) for t in pair)
 
     places = ((step, m) for step in itertools.count() for m in range(rank, micro_steps, world_size))
     with ThreadPoolExecutor(1) as pool:
         place = next(places)
         ahead = pool.submit(read, *place)
         while True:
-            micro_step, (x, y) = place[1], ahead.result()
+            micro_step, pair = place[1], ahead.result()
+            if side is not None:
+                here = torch.cuda.current_stream(device)
+                here.wait_stream(side)
+                for t in pair:
+                    t.record_stream(here)  # or the side stream might write the next batch over this one
             place = next(places)
             ahead = pool.submit(read, *place)
-            yield micro_step, x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            yield micro_step, *pair

@@ -5,7 +5,7 @@ Notable choices:
 - Attention is F.scaled_dot_product_attention, which picks flash attention where the device has it.
 - Every parameter's initial values depend on (seed, its name) alone, so that neither the order in which modules are
   built nor the number of processes changes them.
-- Generation reads one token at a time over a key-value cache, through the blocks that training uses.
+- Newer architectures are fields of GPTConfig that default to off, each one line where it acts.
 - Weights come and go in the Hugging Face layout: OpenAI's by name, anyone's from a folder.
 
 References: Radford et al. 2019 (GPT-2), https://github.com/openai/gpt-2, and the Hugging Face layout of its weights.
@@ -17,15 +17,17 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from ops import attention, cross_entropy, dropout, on_cpu, relu2, rms_norm, smear
 
 # Dense bf16/fp16 matrix peak in FLOP/s by a part of the device's name, longest match first; vendors' data sheets.
 PEAK_FLOPS = {
@@ -58,7 +60,18 @@ PEAK_FLOPS = {
     "MI250X": 383e12,
 }
 
-ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # the `approximate` argument of F.gelu
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": relu2,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s; None where it is unknown (a CPU, or a card not in PEAK_FLOPS)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [k for k in PEAK_FLOPS if re.search(rf"\b{k}\b", name)]  # "A100", but not inside "RTX A1000"
+    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -77,7 +90,13 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
-    act: str = "gelu"  # or 'gelu_tanh', the form that OpenAI's weights were trained with
+    act: str = "gelu"  # or 'gelu_tanh', the form that OpenAI's weights were trained with; or 'relu2', ReLU squared
+    pos: str = "learned"  # or 'rope': no position embeddings, but queries and keys turned (Su et al. 2021)
+    norm: str = "layernorm"  # or 'rmsnorm', without a mean and without gains (Zhang and Sennrich 2019)
+    qk_norm: bool = False  # queries and keys of length sqrt(head_dim) each (Henry et al. 2020, as an RMSNorm)
+    tied: bool = True  # lm_head is wte
+    zero_init: bool = False  # c_proj, and lm_head where it is not tied, begin at zero
+    smear: int = 0  # mix so many tokens before each into what a block and its MLP read, by learned weights: see Smear
 
     def __post_init__(self):
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -87,8 +106,15 @@ class GPTConfig:
             raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: the heads share it")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: it must be at least 0 and below 1")
-        if self.act not in ACTIVATIONS:
-            raise ValueError(f"act = {self.act!r}: there are {', '.join(ACTIVATIONS)}")
+        for key, known in (("act", ACTIVATIONS), ("pos", ("learned", "rope")), ("norm", ("layernorm", "rmsnorm"))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} = {getattr(self, key)!r}: there are {', '.join(known)}")
+        if self.pos == "rope" and self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"pos = 'rope' needs heads of even size, not n_embd / n_head = {self.n_embd // self.n_head}"
+            )
+        if not 0 <= self.smear < self.block_size:
+            raise ValueError(f"smear = {self.smear}: it must be at least 0 and below block_size = {self.block_size}")
 
     def model_args(self) -> dict:
         """nanoGPT's `model_args`, with the newer fields only where they differ from their default."""
@@ -98,24 +124,80 @@ class GPTConfig:
         return {key: args[key] for key in nanogpt} | newer
 
 
+class RMSNorm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x)
+
+
+def norm(config: GPTConfig) -> nn.Module:
+    """The normalisation over n_embd that the config asks for."""
+    if config.norm == "rmsnorm":
+        return RMSNorm()
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rotations(time: int, head_dim: int) -> torch.Tensor:
+    """RoPE's angles as unit complex numbers, float32 [time, head_dim / 2, 2]: the n-th pair of channels turns by
+    10000^(-2n / head_dim) a position."""
+    angles = torch.outer(torch.arange(time), 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
+    return torch.stack((angles.cos(), angles.sin()), -1)
+
+
+def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Queries or keys [batch, time, n_head, head_dim], their neighbouring channels taken as complex numbers and turned
+    by `rotation` [time, head_dim / 2, 2], or [batch, time, ...] where rows are at positions of their own."""
+    pairs, turn = x.float().unflatten(-1, (-1, 2)), rotation.unsqueeze(-3)
+    if on_cpu(x):  # a third of the time of the form below
+        y = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+    else:
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)
+        y = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    return y.flatten(-2).to(x.dtype)
+
+
+class Smear(nn.Module):
+    """x[t] + weight[0] * x[t-1] + weight[1] * x[t-2] + ...: a causal convolution of each channel with itself.
+
+    What a token's neighbours are need not be found out by attention then, which a small model is slow to learn. Of the
+    kind of Primer's depthwise convolutions (So et al. 2021) and Canon layers (Allen-Zhu 2025).
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.smear, config.n_embd))
+
+    def forward(self, x: torch.Tensor, before: Callable | None = None) -> torch.Tensor:
+        """x [batch, time, n_embd] -> the same; `before(n)` gives what stood n places before x, from a cache."""
+        if before is None:
+            return smear(x, self.weight)
+        for n, weight in enumerate(self.weight, 1):
+            x = torch.addcmul(x, before(n), weight)
+        return x
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value side by side
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: torch.Tensor, cache: tuple | None = None) -> torch.Tensor:  # [batch, time, n_embd] -> the same
-        """`cache` is this layer's keys and values and what to do with new ones: see Decoder."""
+    def forward(
+        self, x: torch.Tensor, rotation: torch.Tensor | None = None, cache: Any = None
+    ) -> torch.Tensor:  # [batch, time, n_embd] -> the same
+        """`rotation` is RoPE's, of these positions; `cache` is this layer's, see decoder.py."""
         b, t, c = x.shape
-        q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, c // self.n_head).permute(2, 0, 3, 1, 4)
-        # each [batch, n_head, time, head_dim]
+        q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, c // self.n_head).unbind(2)
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # each [batch, n_head, time, head_dim]
         mask = None
         if cache is not None:
-            keys, values, remember = cache
-            k, v, mask = remember(keys, values, k, v)  # now all that the new tokens may look at
+            k, v, mask = cache.remember(k, v)  # now all that the new tokens may look at
         p, is_causal = self.dropout if self.training else 0.0, k.size(2) == t and mask is None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal)
+        y = attention(q, k, v, mask, p, is_causal)
         y = self.c_proj(y.transpose(1, 2).reshape(b, t, c))
         return dropout(y, self.dropout, self.training)
 
@@ -123,31 +205,35 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout, self.approximate = config.dropout, ACTIVATIONS[config.act]
+        self.dropout, self.act = config.dropout, ACTIVATIONS[config.act]
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [batch, time, n_embd] -> the same
-        y = self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+        y = self.c_proj(self.act(self.c_fc(x)))
         return dropout(y, self.dropout, self.training)
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.smear_1 = Smear(config) if config.smear else None
+        self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config)
+        self.smear_2 = Smear(config) if config.smear else None
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: tuple | None = None) -> torch.Tensor:  # [batch, time, n_embd] -> the same
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
-
-
-def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
-    """F.dropout, without its mask and copy where nothing is dropped."""
-    return F.dropout(x, p) if training and p > 0 else x
+    def forward(
+        self, x: torch.Tensor, rotation: torch.Tensor | None = None, cache: Any = None
+    ) -> torch.Tensor:  # [batch, time, n_embd] -> the same
+        if self.smear_1 is not None:
+            x = self.smear_1(x, cache and cache.before(x, 0))
+        x = x + self.attn(self.ln_1(x), rotation, cache)
+        y = self.ln_2(x)
+        if self.smear_2 is not None:
+            y = self.smear_2(y, cache and cache.before(y, 1))
+        return x + self.mlp(y)
 
 
 class GPT(nn.Module):
@@ -159,49 +245,61 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else nn.Identity(),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+                ln_f=norm(config),
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
+        if config.tied:
+            self.transformer.wte.weight = self.lm_head.weight
+        rotation = rotations(config.block_size, config.n_embd // config.n_head) if config.pos == "rope" else None
+        self.register_buffer("rotation", rotation, persistent=False)
         self.init_weights(torch.initial_seed())
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """GPT-2's initialisation.
 
-        | parameter                        | values                             |
-        | matrices, embeddings             | normal, 0.02                       |
-        | c_proj, which ends on a residual | normal, 0.02 / sqrt(2 * n_layer)   |
-        | LayerNorm gains                  | 1                                  |
-        | biases                           | 0                                  |
+        | parameter                        | values                            | with zero_init |
+        | matrices, embeddings             | normal, 0.02                      | the same       |
+        | c_proj, which ends on a residual | normal, 0.02 / sqrt(2 * n_layer)  | 0              |
+        | lm_head, where it is not tied    | normal, 0.02                      | 0              |
+        | wte, where it is not tied        | normal, 0.02                      | normal, 0.5    |
+        | LayerNorm gains                  | 1                                 | 1              |
+        | biases, smear                    | 0                                 | 0              |
         """
-        for name, p in self.named_parameters():
-            if p.dim() < 2:
-                p.fill_(1.0 if name.endswith("weight") else 0.0)
+        zero = ("smear_1.weight", "smear_2.weight", "bias")
+        zero += ("c_proj.weight", "lm_head.weight") if self.config.zero_init else ()
+        for name, p in self.named_parameters():  # a tied lm_head goes by its other name, wte
+            if p.dim() < 2 or name.endswith(zero):
+                p.fill_(0.0 if name.endswith(zero) else 1.0)
                 continue
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+            if name == "transformer.wte.weight" and self.config.zero_init and not self.config.tied:
+                std = 0.5  # all that the residual stream holds at first
             generator = torch.Generator("cpu").manual_seed(derive_seed(seed, name))
             p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, std, generator=generator))
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, loss_only: bool = False):
         """(logits, loss) for ids `idx` [batch, time] and, one position ahead, `targets` of the same shape.
 
         With targets: logits [batch, time, vocab_size] and the mean cross-entropy in nats; targets of -1 do not count.
-        Without: the last position's logits [batch, 1, vocab_size] and None. ValueError where time exceeds block_size.
+        With `loss_only`, for training: None and the loss, the logits in pieces where they are many. Without targets:
+        the last position's logits [batch, 1, vocab_size] and None. ValueError where time exceeds block_size.
         """
         b, t = idx.shape
         if t > self.config.block_size:
             raise ValueError(f"{t} tokens do not fit into a context of block_size = {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:t]  # [batch, time, n_embd]
+        x, rotation = embedded(self.transformer.wte(idx), self.transformer.wpe, self.rotation, slice(t))
         x = dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, rotation)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
+        if loss_only:
+            return None, cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         logits = self.lm_head(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
@@ -212,9 +310,11 @@ class GPT(nn.Module):
         """`idx` [batch, time], continued by max_new_tokens sampled ids: [batch, time + new].
 
         temperature 0 takes the likeliest id; top_k keeps the k likeliest. Up to block_size tokens in all, the same
-        torch.manual_seed draws what nanoGPT draws; beyond, see Decoder. Prompts, text and more ways to choose are in
+        torch.manual_seed draws what nanoGPT draws; beyond, see decoder.py. Prompts, text and more ways to choose are in
         generate.py.
         """
+        from decoder import Decoder  # which imports this file
+
         decoder = Decoder(self, idx.size(0), idx.size(1) + max_new_tokens)
         for n in range(max_new_tokens):
             logits = decoder.decode(idx[:, -1].tolist()) if n else decoder.prefill(idx.tolist())
@@ -232,7 +332,8 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Parameters, tied ones once; without the position embeddings unless non_embedding is False."""
         n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        positions = self.transformer.wpe.weight.numel() if self.rotation is None else 0
+        return n - positions if non_embedding else n
 
     def estimate_flops(self) -> int:
         """FLOPs of training on one token of a full context: 6N + 12 n_layer n_embd block_size (PaLM, appendix B)."""
@@ -242,15 +343,20 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float | None:
         """Model FLOPs utilisation, a fraction of the device's bf16 peak, for this many sequences of block_size in dt
         seconds; None where the device's peak is unknown (a CPU, or a card that is not in PEAK_FLOPS)."""
-        device = self.lm_head.weight.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        known = [k for k in PEAK_FLOPS if re.search(rf"\b{k}\b", name)]  # "A100", but not inside "RTX A1000"
-        peak = PEAK_FLOPS[max(known, key=len)] if known else None
+        peak = peak_flops(self.lm_head.weight.device)
         return peak and self.estimate_flops() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, eps=1e-8) -> torch.optim.AdamW:
-        """AdamW, decaying matrices and embeddings only; in nanoGPT's parameter order; fused where torch has it."""
-        params = [p for p in self.parameters() if p.requires_grad]
+    def hidden_matrices(self) -> list[tuple[nn.Parameter, int]]:
+        """The blocks' matrices, each with how many lie in it one below the other: query, key and value in c_attn."""
+        linears = [(name, m) for name, m in self.transformer.h.named_modules() if isinstance(m, nn.Linear)]
+        return [(m.weight, 3 if name.endswith("c_attn") else 1) for name, m in linears if m.weight.requires_grad]
+
+    def configure_optimizers(
+        self, weight_decay, learning_rate, betas, device_type, eps=1e-8, leave_out=frozenset()
+    ) -> torch.optim.AdamW:
+        """AdamW, decaying matrices and embeddings only; in nanoGPT's parameter order; fused where torch has it; for all
+        parameters but those that another optimizer takes, `leave_out`."""
+        params = [p for p in self.parameters() if p.requires_grad and p not in leave_out]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
@@ -263,7 +369,10 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size = {block_size}: the model's context is {self.config.block_size}, at most")
         self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+        if self.rotation is None:
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+        else:
+            self.rotation = self.rotation[:block_size].clone()
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict | None = None) -> "GPT":
@@ -331,192 +440,14 @@ class GPT(nn.Module):
         return config, tensors
 
 
+def embedded(x: torch.Tensor, wpe: nn.Module, rotation: torch.Tensor | None, where: slice | torch.Tensor):
+    """What the first block reads, for token embeddings x [batch, time, n_embd] at the positions `where`: them, and with
+    pos='learned' their positions'; and with pos='rope' the rotation for every block."""
+    return (x + wpe.weight[where], None) if rotation is None else (x, rotation[where])
+
+
 HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as [in, out], a Linear's as [out, in]
-
-
-class Decoder:
-    """A model that reads on from what it has read: each row's ids, and every layer's keys and values of them.
-
-    The cache is two tensors [batch, n_head, time, head_dim] a layer, allocated once. Rows are independent of each other
-    and may have different lengths. A learned position cannot slide: a row whose context is full goes on from its newer
-    half, which is read again from position 0. So half a context is read once for each half that is written, and up to
-    `time` tokens nothing differs from reading the whole row each time.
-    """
-
-    def __init__(self, model: GPT, batch: int, time: int, compiled: bool = False):
-        """Room for `batch` rows of `time` tokens, at most block_size. Computes in the autocast that is on now.
-
-        `compiled`: torch.compile of the one-token pass, always over block_size, so that nothing is compiled again as
-        rows grow; on CUDA as a CUDA graph.
-        """
-        c, weight = model.config, model.transformer.wte.weight
-        self.model, self.device, self.time = model, weight.device, min(time, c.block_size)
-        self.time = c.block_size if compiled else self.time
-        kind = self.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        shape = (batch, c.n_head, self.time, c.n_embd // c.n_head)
-        # one tensor a layer: slices of a stacked one are copied, whole, by compiled code
-        self.keys = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(c.n_layer)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(c.n_layer)]
-        self.read: list[list[int]] = [[] for _ in range(batch)]  # each row's ids, from where it was last read afresh
-        self.lengths = [0] * batch  # tokens of each row that are in the cache
-        on_cpu = kind == "cpu" and dtype == torch.float32
-        net = model.transformer
-        self.net = SimpleNamespace(
-            wte=net.wte,
-            wpe=net.wpe,
-            h=[bare(block, on_cpu) for block in net.h],
-            ln_f=bare(net.ln_f),
-            lm_head=bare(model.lm_head, on_cpu),
-        )
-        # at one token, oneDNN's exact GELU takes 60 us a layer on a CPU, PyTorch's own 15
-        self.without_onednn = on_cpu and c.act == "gelu"
-        self.compiled = _compiled("reduce-overhead" if kind == "cuda" else None) if compiled else None
-        if compiled:
-            for tensor in (*self.keys, *self.values):
-                torch._dynamo.mark_static_address(tensor)  # or CUDA graphs would copy the cache at each token
-
-    @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], rows: list[int] | None = None) -> torch.Tensor:
-        """Reads one prompt into each of `rows` (default: all) in place of what was there; of one longer than `time`,
-        its newest part. The next token's logits, [rows, vocab_size]. Equal prompts are computed once."""
-        rows = list(range(len(prompts))) if rows is None else rows
-        for row, prompt in zip(rows, prompts, strict=True):
-            self.read[row] = list(prompt[-self.time :])
-            self.lengths[row] = min(len(prompt), self.time)
-        distinct = {tuple(prompt[-self.time :]): None for prompt in prompts}
-        number = {prompt: n for n, prompt in enumerate(distinct)}
-        which = self._tensor([number[tuple(prompt[-self.time :])] for prompt in prompts])
-        t = max(map(len, distinct))
-        idx = self._tensor([[*prompt, *[0] * (t - len(prompt))] for prompt in distinct])  # what is padded sees, unseen
-        into = slice(None) if rows == list(range(len(self.lengths))) else self._tensor(rows)
-
-        def remember(keys, values, k, v):
-            alike = len(distinct) == 1  # then one row is written to all
-            keys[into, :, :t], values[into, :, :t] = (k, v) if alike else (k[which], v[which])
-            return k, v, None
-
-        x = _read(self.net, self.keys, self.values, idx, slice(t), remember)
-        x = x[
-            self._tensor(list(range(len(x)))), self._tensor([len(prompt) - 1 for prompt in distinct])
-        ]  # [distinct, n_embd]
-        return self.net.lm_head(self.net.ln_f(x))[which]
-
-    @torch.inference_mode()
-    def decode(self, ids: Sequence[int | None]) -> torch.Tensor:
-        """Reads one more token in each row, but those with None, which rest: the next token's logits, [batch,
-        vocab_size], where those of resting rows mean nothing."""
-        full = [row for row, id in enumerate(ids) if id is not None and self.lengths[row] == self.time]
-        going = [row for row, id in enumerate(ids) if id is not None and self.lengths[row] < self.time]
-        for row in full + going:
-            self.read[row].append(ids[row])
-        logits = None
-        if going:
-            logits = self._decode(ids, going)
-            for row in going:
-                self.lengths[row] += 1
-        if full:
-            kept = max(1, self.time // 2)
-            again = self.prefill([self.read[row][-kept:] for row in full], full)
-            if len(full) == len(ids):
-                return again
-            logits = again.new_zeros(len(ids), again.size(-1)) if logits is None else logits.clone()
-            logits[self._tensor(full)] = again
-        return logits
-
-    def _decode(self, ids: Sequence[int | None], going: list[int]) -> torch.Tensor:
-        idx = self._tensor([[id or 0] for id in ids])  # [batch, 1]
-        positions = [min(length, self.time - 1) for length in self.lengths]  # resting rows write behind their end
-        if self.compiled:
-            if self.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            return self.compiled(self.model, self.keys, self.values, idx, self._tensor(positions)).clone()
-        at = self.lengths[going[0]]
-        if max(self.lengths) == at and all(self.lengths[row] == at for row in going):
-            where, remember = slice(at, at + 1), _remember_at(at)
-        else:
-            where = self._tensor(positions)[:, None]
-            remember = _remember_each(where[:, 0], max(positions) + 1)
-        onednn = torch.backends.mkldnn.enabled
-        try:
-            torch.backends.mkldnn.enabled = onednn and not self.without_onednn
-            x = _read(self.net, self.keys, self.values, idx, where, remember)
-            return self.net.lm_head(self.net.ln_f(x))[:, 0]
-        finally:
-            torch.backends.mkldnn.enabled = onednn
-
-    def _tensor(self, ids: list) -> torch.Tensor:
-        return torch.tensor(ids, device=self.device)
-
-
-def _read(net, keys: list, values: list, idx: torch.Tensor, where: slice | torch.Tensor, remember: Callable):
-    """The blocks of `net` over the new tokens `idx` [batch, new] at the positions `where`: [batch, new, n_embd]."""
-    x = F.embedding(idx, net.wte.weight) + net.wpe.weight[where]
-    for block, k, v in zip(net.h, keys, values, strict=True):
-        x = block(x, (k, v, remember))
-    return x
-
-
-@cache
-def _compiled(mode: str | None) -> Callable:
-    return torch.compile(_decode_whole, mode=mode, dynamic=False)
-
-
-def _decode_whole(model: GPT, keys: list, values: list, idx: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One token in each row, in static shapes: logits [batch, vocab_size]. The model's own modules, whose parameters
-    CUDA graphs know to stay where they are."""
-    net, remember = model.transformer, _remember_each(positions, keys[0].size(2))
-    x = _read(net, keys, values, idx, positions[:, None], remember)
-    return model.lm_head(net.ln_f(x))[:, 0]
-
-
-def _remember_at(position: int) -> Callable:
-    """Writes one new token's keys and values [batch, n_head, 1, head_dim] into a layer's, for all rows at the same
-    position, and gives those up to there."""
-
-    def remember(keys, values, k, v):
-        keys.narrow(2, position, 1).copy_(k)  # narrow() is sooner done than the same with brackets
-        values.narrow(2, position, 1).copy_(v)
-        return keys.narrow(2, 0, position + 1), values.narrow(2, 0, position + 1), None
-
-    return remember
-
-
-def _remember_each(positions: torch.Tensor, seen: int) -> Callable:
-    """The same for rows that are each at a position of their own, `positions` [batch], all below `seen`."""
-    rows = torch.arange(len(positions), device=positions.device)
-    mask = (torch.arange(seen, device=positions.device) <= positions[:, None])[:, None, None]  # [batch, 1, 1, seen]
-
-    def remember(keys, values, k, v):
-        keys[rows, :, positions], values[rows, :, positions] = k[:, :, 0], v[:, :, 0]
-        return keys[:, :, :seen], values[:, :, :seen], mask
-
-    return remember
-
-
-def bare(module: nn.Module, on_cpu: bool = False) -> Callable:
-    """The module's own forward as a function of plain attributes, for inference: for one token on a CPU, nn.Module's
-    bookkeeping takes as long as attention. What stands in a layer's place, such as an adapter, stays as it is.
-
-    `on_cpu`: computes in float32 on a CPU, where oneDNN's product of 4 to 50 rows takes 0.6 of F.linear's time.
-    """
-    if type(module) is nn.Linear:
-        weight, bias, width, linear = module.weight, module.bias, module.in_features, F.linear
-        if not (on_cpu and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-            return lambda x: linear(x, weight, bias)
-        product = torch.ops.mkldnn._linear_pointwise
-        few = range(4 * width, 51 * width)
-        return lambda x: product(x, weight, bias, "none", [], "") if x.numel() in few else linear(x, weight, bias)
-    if type(module) is nn.LayerNorm:
-        shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
-        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
-    if type(module) in (Block, CausalSelfAttention, MLP):
-        own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        parts = {name: bare(child, on_cpu) for name, child in module.named_children()}
-        return partial(type(module).forward, SimpleNamespace(**own | parts | {"training": False}))
-    return module
 
 
 def _download(name: str) -> Path:

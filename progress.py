@@ -30,12 +30,16 @@ class Progress:
     epoch_loss: float = 0.0  # sums over the iterations of the current epoch
     epoch_iters: int = 0
     epoch_seconds: float = 0.0
+    training_seconds: float = 0.0  # of the whole run, without evaluations, samples and compiling
+    evaluation_seconds: float = 0.0  # of evaluations and samples
 
 
 def what_is_done(c: Config, p: Progress) -> str:
     """Why a run has come to its end, in words; empty if it has not."""
     if p.iter_num > c.max_iters or p.iter_num == c.max_iters == p.evaluated_at:
         return f"all {c.max_iters:,} iterations are done; a larger --max_iters goes on"
+    if c.target_val_loss and p.evaluated_at == p.iter_num and p.best_val_loss <= c.target_val_loss:
+        return f"the validation loss is {p.best_val_loss:.4f}; a lower --target_val_loss goes on"
     if c.patience and p.stale_evaluations >= c.patience:
         return f"the validation loss has not fallen in {p.stale_evaluations} evaluations; a larger --patience goes on"
     return ""
@@ -62,8 +66,8 @@ class Reporter:
         self.wandb: Any = None
         self.per_step = c.batch_size * c.gradient_accumulation_steps
         self.waiting: Step | None = None
-        self.restart_clock()
-        self.epoch_clock = self.since
+        self.compile_seconds = 0.0
+        self.start_clock()
 
     def say(self, text: str) -> None:
         if self.processes.master:
@@ -76,8 +80,20 @@ class Reporter:
         if self.wandb:
             self.wandb.log({k if k == "iter" else f"{kind}/{k}": v for k, v in flat(figures).items()})
 
+    def start_clock(self) -> None:
+        """Before the first iteration. What was before counts as no time of the run."""
+        self.since = self.measured = self.epoch_clock = time.perf_counter()
+        self.timed, self.running = 0, True
+
+    def stop_clock(self) -> None:
+        """Before an interruption of training that does not count as its time, after settle()."""
+        self.measure()
+        self.running = False
+
     def restart_clock(self) -> None:
-        """After an interruption of training that does not count as its time."""
+        """After such an interruption."""
+        self.measure()
+        self.running = True
         self.since, self.timed = time.perf_counter(), 0
 
     def step(self, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
@@ -135,16 +151,35 @@ class Reporter:
             mfu=mfu, **skipped,
         )  # fmt: skip
 
-    def measure_epoch(self) -> None:
-        """Adds the time since the last call to the epoch's."""
-        now = time.perf_counter()
-        self.progress.epoch_seconds += now - self.epoch_clock
-        self.epoch_clock = now
+    def measure(self) -> None:
+        """Adds the time since the last call to the run's, and to the epoch's."""
+        now, p = time.perf_counter(), self.progress
+        if self.running:
+            p.training_seconds += now - self.measured
+        else:
+            p.evaluation_seconds += now - self.measured
+        p.epoch_seconds += now - self.epoch_clock
+        self.measured = self.epoch_clock = now
+
+    def end(self) -> None:
+        """The line of a run that is over: what it took, and whether it took it to target_val_loss."""
+        c, p = self.c, self.progress
+        tokens = p.sequences_seen * c.block_size
+        reached = {"target_val_loss": c.target_val_loss, "reached": p.best_val_loss <= c.target_val_loss}
+        self.say(
+            f"{p.iter_num:,} steps, {tokens:,} tokens: {p.training_seconds:.2f}s of training, "
+            f"{p.evaluation_seconds:.2f}s of evaluation, {self.compile_seconds:.2f}s of compiling"
+        )
+        self.record(
+            "end", iter=p.iter_num, tokens=tokens, training_seconds=p.training_seconds,
+            evaluation_seconds=p.evaluation_seconds, compile_seconds=self.compile_seconds,
+            val_loss=p.best_val_loss, **(reached if c.target_val_loss else {}),
+        )  # fmt: skip
 
     def end_epoch(self, epochs: int) -> None:
         """The line of an epoch, the run's `epochs`-th: its mean training loss and its time."""
         self.settle()
-        self.measure_epoch()
+        self.measure()
         p = self.progress
         mean = p.epoch_loss / p.epoch_iters
         self.say(f"epoch {epochs}: mean loss {mean:.4f}, time {p.epoch_seconds:.1f}s")

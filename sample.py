@@ -53,10 +53,11 @@ from math import exp
 from pathlib import Path
 
 import checkpoint
+from decoder import Decoder
 from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
 from generate import Piece, Sampling, prompt_ids
 from generate import stream as stream_pieces
-from model import GPT, Decoder
+from model import GPT
 from quantize import check_quantize
 from quantize import quantize as quantized
 from tokenizer import Tokenizer

@@ -3,7 +3,7 @@
 import uuid
 import zlib
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from device import choose_device, choose_dtype
 from generate import prompt_ids
 from loader import Mixture, Part, check_vocabulary, fingerprint, open_mixture, parts_of
 from model import GPT, GPTConfig, derive_seed
+from muon import OPTIMS, build_optimizers
 from processes import Processes, join_processes
 from progress import Progress, Reporter, what_is_done
 from run_dir import RunDir, open_out_dir, take_lock
@@ -30,7 +31,7 @@ class Run:
     processes: Processes
     model: GPT
     tokenizer: Tokenizer
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]  # AdamW, and Muon with optim='muon'
     scaler: torch.amp.GradScaler
     progress: Progress
     reporter: Reporter
@@ -71,11 +72,14 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
 
     model.to(c.device)
     kind = torch.device(c.device).type
-    optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2), kind, c.adam_eps)
+    optimizers = build_optimizers(
+        model, c.optim, c.weight_decay, c.learning_rate, (c.beta1, c.beta2), c.adam_eps, c.muon_learning_rate,
+        c.muon_momentum, kind, processes.rank, processes.world_size,
+    )  # fmt: skip
     scaler = torch.amp.GradScaler(kind, enabled=c.dtype == "float16")
     progress = Progress()
     if state:
-        checkpoint.load_optimizer(optimizer, model, state, path)
+        checkpoint.load_optimizers(optimizers, model, state, path)
         if state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
         seen = state["iter_num"] * per_step  # nanoGPT's files do not count sequences
@@ -84,7 +88,7 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
         for key, value in state.get("progress", {}).items():
             setattr(progress, key, value)
     reporter = Reporter(c, processes, model, progress, scaler.is_enabled())
-    r = Run(c, processes, model, tokenizer, optimizer, scaler, progress, reporter, data, started_at=progress.iter_num)
+    r = Run(c, processes, model, tokenizer, optimizers, scaler, progress, reporter, data, started_at=progress.iter_num)
     r.template = next((meta["template"] for meta in metas if meta.get("template")), "")
     reporter.say(
         f"tokens per iteration will be: {per_step * c.block_size:,}; "
@@ -156,6 +160,10 @@ def open_files(r: Run, resumed_from: Path | None, lock: filelock.BaseFileLock | 
 def inherit(c: Config, saved: dict[str, Any]) -> None:
     """On resuming, what the user did not set comes from the checkpoint, but for what belongs to this machine."""
     of_this_machine = ("device", "dtype", "compile", "backend", "peer_timeout", "out_dir", "init_from", "eval_only")
+    if saved and "optim" in c.given and c.optim != (own := saved.get("optim", "adamw")):
+        raise UserError(
+            f"optim={c.optim} is set, but the run in {c.out_dir} has {own}: a resumed run keeps its optimizer"
+        )
     for key, value in saved.items():
         if key in vars(c) and key not in c.given and key not in of_this_machine:
             setattr(c, key, coerce(value, getattr(c, key), f"{key} in the checkpoint's config"))
@@ -168,21 +176,28 @@ def check(c: Config, world_size: int) -> None:
     if not c.out_dir:
         raise UserError("out_dir is empty: expected a folder")
     for key in ("batch_size", "block_size", "gradient_accumulation_steps",
-                "eval_interval", "eval_iters", "log_interval", "peer_timeout"):  # fmt: skip
+                "eval_iters", "log_interval", "peer_timeout"):  # fmt: skip
         if getattr(c, key) < 1:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
     for key in ("max_iters", "epochs", "warmup_iters", "lr_decay_iters", "sample_interval", "sample_tokens",
-                "learning_rate", "min_lr", "weight_decay", "grad_clip", "patience", "save_interval",
-                "keep_checkpoints", "checkpoint_interval"):  # fmt: skip
+                "learning_rate", "min_lr", "weight_decay", "grad_clip", "patience", "save_interval", "eval_interval",
+                "keep_checkpoints", "checkpoint_interval", "target_val_loss", "muon_learning_rate",
+                "muon_momentum_warmup"):  # fmt: skip
         if getattr(c, key) < 0:
             raise UserError(f"{key}={getattr(c, key)}: expected 0 or more")
-    for key in ("beta1", "beta2"):
+    for key in ("beta1", "beta2", "muon_momentum"):
         if not 0 <= getattr(c, key) < 1:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 0 and below 1")
     if c.adam_eps <= 0:
         raise UserError(f"adam_eps={c.adam_eps}: expected more than 0")
-    if c.lr_schedule not in ("cosine", "linear"):
-        raise UserError(f"lr_schedule={c.lr_schedule}: expected cosine or linear")
+    if c.lr_schedule not in ("cosine", "linear", "wsd"):
+        raise UserError(f"lr_schedule={c.lr_schedule}: expected cosine, linear or wsd")
+    if not 0 < c.decay_frac <= 1:
+        raise UserError(f"decay_frac={c.decay_frac}: expected more than 0 and at most 1")
+    if c.optim not in OPTIMS:
+        raise UserError(f"optim={c.optim}: expected {' or '.join(OPTIMS)}")
+    if c.optim == "muon" and not c.learning_rate:
+        raise UserError("learning_rate=0.0: expected more than 0 with optim=muon, whose rate follows it")
     if c.gradient_accumulation_steps % world_size:
         raise UserError(
             f"gradient_accumulation_steps={c.gradient_accumulation_steps} counts the micro-steps of all {world_size} "
@@ -205,7 +220,7 @@ def common_tokenizer(parts: tuple[Part, ...]) -> Tokenizer:
 
 def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: Tokenizer) -> GPT:
     """The model to train, on the CPU, its context cropped to block_size; c's architecture is made to say what it is."""
-    architecture = ("n_layer", "n_head", "n_embd", "bias")
+    architecture = [f.name for f in fields(GPTConfig) if f.name not in ("block_size", "vocab_size", "dropout")]
     if not state and c.init_from in ("scratch", "auto"):
         vocab_size = 50304 if tokenizer.kind == "gpt2" else tokenizer.vocab_size  # GPT-2's 50257, padded to be faster
         keys = (*architecture, "block_size", "dropout")

@@ -13,10 +13,13 @@ from configurator import Config, configure, note, run
 
 # I/O
 out_dir = "out"  # where checkpoints and the log go
-eval_interval = 2000  # evaluate and save every so many iterations, and at the end
+eval_interval = 2000  # evaluate and save every so many iterations, and at the end; 0 for the end alone
 log_interval = 1  # print a line every so many iterations
 eval_iters = 200  # batches in an evaluation of each split, at most the whole split
 eval_only = False  # evaluate once and exit, saving nothing
+target_val_loss = (
+    0.0  # stop once the loss of the whole validation split is so low, and say how long it took; 0 for never
+)
 patience = 0  # stop after so many evaluations in a row that do not lower the validation loss, 0 for never
 always_save_checkpoint = False  # let ckpt.pt be the latest evaluation's, not the best one's
 save_interval = (
@@ -44,18 +47,30 @@ n_head = 12  # attention heads in a block
 n_embd = 768  # width, divisible by n_head
 dropout = 0.0  # 0 for pre-training; 0.1 and more helps against overfitting in fine-tuning
 bias = False  # biases in Linears and LayerNorms
-# AdamW
-learning_rate = 6e-4  # the highest
+act = "gelu"  # 'gelu', 'gelu_tanh', or 'relu2', ReLU squared
+pos = "learned"  # positions are 'learned', or 'rope', turned queries and keys
+norm = "layernorm"  # 'layernorm', or 'rmsnorm', without gains
+qk_norm = False  # queries and keys normalised
+tied = True  # the head is the token embedding; False gives it a matrix of its own
+zero_init = False  # matrices that end on the residual begin at zero, and the head where it is not tied
+smear = 0  # so many tokens before each are mixed into what a block and its MLP read
+# optimizer
+optim = "adamw"  # 'adamw', or 'muon': Muon on the blocks' matrices, AdamW on all the rest
+learning_rate = 6e-4  # AdamW's, the highest
 max_iters = 600000  # iterations, that is, updates of the weights, in all
 epochs = 0  # passes over the training split (of all datasets together), in place of max_iters; 0 for max_iters
 weight_decay = 1e-1  # on matrices and embeddings
 beta1 = 0.9  # decay of the mean of the gradients
 beta2 = 0.95  # decay of the mean of their squares
 adam_eps = 1e-8  # added to the denominator
+muon_learning_rate = 0.02  # Muon's, the highest; it follows the same schedule
+muon_momentum = 0.95  # decay of the sum of the gradients
+muon_momentum_warmup = 300  # iterations in which it rises to that from 0.85
 grad_clip = 1.0  # clip the gradients' norm to this, 0 for never
 # learning rate schedule
 decay_lr = True  # warm up and decay; False is a constant rate
-lr_schedule = "cosine"  # shape of the decay: 'cosine' or 'linear'
+lr_schedule = "cosine"  # shape of the decay: 'cosine', 'linear', or 'wsd': constant, then a line at the end
+decay_frac = 0.2  # of 'wsd': how much of lr_decay_iters is that line
 warmup_iters = 2000  # iterations of linear warm-up
 lr_decay_iters = 600000  # where the decay ends, usually max_iters; with epochs, their end unless set
 min_lr = 6e-5  # the rate after the decay, usually learning_rate / 10
@@ -68,6 +83,8 @@ compile = True  # torch.compile, where there is a compiler: a slow first step, t
 config = configure(globals())
 
 import math
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -113,15 +130,13 @@ def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
         p.sequences_seen, r.processes.rank, r.processes.world_size, c.device,
     )  # fmt: skip
     stop = None if c.eval_only else StopSignal()
-    r.reporter.restart_clock()
-    r.reporter.epoch_clock = r.reporter.since
+    r.reporter.start_clock()
 
     while True:
         lr = learning_rate_at(p.iter_num, c)
-        for group in r.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(r, lr)
 
-        if c.eval_only or p.iter_num % c.eval_interval == 0 or p.iter_num >= c.max_iters:
+        if c.eval_only or p.iter_num >= c.max_iters or c.eval_interval and p.iter_num % c.eval_interval == 0:
             evaluate_and_save(r, fast, train, val, ctx, p.sequences_seen / epoch_length)
         elif p.iter_num > r.started_at and (is_due(p.iter_num, c.save_interval) or number_is_due(p.iter_num, c)):
             save(r, put_off=not number_is_due(p.iter_num, c))
@@ -138,18 +153,20 @@ def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
             if r.processes.world_size > 1:  # gradients travel once, after the last micro-step
                 model.require_backward_grad_sync = k == micro_steps - 1
             with ctx:
-                _, micro_loss = model(x, y)
+                _, micro_loss = model(x, y, loss_only=True)
             r.scaler.scale(micro_loss / micro_steps).backward()
             loss += micro_loss.detach() / micro_steps
         r.processes.mean(loss)
-        r.scaler.unscale_(r.optimizer)
+        for optimizer in r.optimizers:
+            r.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(r.model.parameters(), c.grad_clip or math.inf)
         r.whole = False
-        r.scaler.step(r.optimizer)
+        for optimizer in r.optimizers:
+            r.scaler.step(optimizer)
         r.scaler.update()
         p.iter_num, p.sequences_seen = p.iter_num + 1, p.sequences_seen + per_step
         r.whole = True
-        r.optimizer.zero_grad(set_to_none=True)
+        r.model.zero_grad(set_to_none=True)
 
         r.reporter.step(lr, loss, norm)
         if p.sequences_seen // epoch_length > (p.sequences_seen - per_step) // epoch_length:
@@ -178,6 +195,7 @@ def finish(r: Run) -> None:
     elif c.epochs and p.epoch_iters:  # the last one, which rounding to whole iterations may have cut short
         r.reporter.end_epoch(c.epochs)
     r.processes.first(lambda: r.files.finish())
+    r.reporter.end()
     r.reporter.say(
         f"done: {p.iter_num:,} iterations, best val loss {p.best_val_loss:.4f}; python sample.py --out_dir={c.out_dir}"
     )
@@ -215,45 +233,70 @@ def accelerate(r: Run, ctx) -> tuple[torch.nn.Module, torch.nn.Module]:
     fast = model = torch.compile(r.model) if use_compile else r.model
     if r.processes.world_size > 1 and not c.eval_only:
         device_ids = [r.processes.local_rank] if c.device.startswith("cuda") else None
-        model = DistributedDataParallel(fast, device_ids=device_ids)
+        every_time = c.gradient_accumulation_steps == r.processes.world_size  # a static graph wants gradients sent
+        model = DistributedDataParallel(
+            fast, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=every_time
+        )
     if use_compile:
-        r.reporter.say("compiling the model... (takes a minute)")
+        r.reporter.say("compiling the model... (takes a minute the first time; what comes of it is kept)")
+        started = time.perf_counter()
         x, y = (torch.zeros(c.batch_size, c.block_size, dtype=torch.long, device=c.device) for _ in range(2))
 
         def probe() -> None:
             with ctx:
-                _, loss = model(x, y)  # two tensors: for one, given twice, it would compile something else
+                _, loss = model(
+                    x, y, loss_only=True
+                )  # two tensors: for one, given twice, it would compile something else
             loss.backward()
 
         if not c.eval_only:
             try_compiled(probe)
-            r.optimizer.zero_grad(set_to_none=True)
+            r.model.zero_grad(set_to_none=True)
         try_compiled(lambda: loss_and_accuracy(fast.eval(), x, y, ctx))
         fast.train()
+        r.reporter.compile_seconds = time.perf_counter() - started
+        r.reporter.say(f"compiled, first step included, in {r.reporter.compile_seconds:.1f}s")
     return fast, model
 
 
+def set_rates(r: Run, lr: float) -> None:
+    """Puts AdamW's rate of this iteration into the optimizers, and Muon's, which is the same part of its highest one;
+    and Muon's momentum, which rises from 0.85 (Jordan et al. 2024, modded-nanogpt)."""
+    c, adamw, *muon = r.c, *r.optimizers
+    for group in adamw.param_groups:
+        group["lr"] = lr
+    risen = min(1.0, r.progress.iter_num / c.muon_momentum_warmup) if c.muon_momentum_warmup else 1.0
+    for group in muon[0].param_groups if muon else ():
+        group["lr"] = c.muon_learning_rate * lr / c.learning_rate
+        group["momentum"] = c.muon_momentum - (1 - risen) * max(0.0, c.muon_momentum - 0.85)
+
+
 def learning_rate_at(iter_num: int, c: Config) -> float:
-    """Linear warm-up, then a cosine or a line down to min_lr at lr_decay_iters, as nanoGPT's."""
+    """Linear warm-up, then down to min_lr at lr_decay_iters: by a cosine, as nanoGPT's; by a line; or by a line that
+    begins when decay_frac of lr_decay_iters is left."""
     if not c.decay_lr:
         return c.learning_rate
     if iter_num < c.warmup_iters:
         return c.learning_rate * (iter_num + 1) / (c.warmup_iters + 1)
     if iter_num >= c.lr_decay_iters:
         return c.min_lr
-    done = (iter_num - c.warmup_iters) / (c.lr_decay_iters - c.warmup_iters)
+    begin = c.warmup_iters
+    if c.lr_schedule == "wsd":
+        begin = max(begin, (1 - c.decay_frac) * c.lr_decay_iters)
+    done = max(0.0, (iter_num - begin) / (c.lr_decay_iters - begin))
     left = 0.5 * (1 + math.cos(math.pi * done)) if c.lr_schedule == "cosine" else 1 - done
     return c.min_lr + left * (c.learning_rate - c.min_lr)
 
 
 @torch.no_grad()
-def evaluate(r: Run, model: torch.nn.Module, split: Mixture, ctx) -> list[tuple[float, float]]:
-    """(mean loss in nats, next-token accuracy) of each dataset over its fixed windows, which the processes share."""
+def evaluate(r: Run, model: torch.nn.Module, split: Mixture, ctx, batches: int) -> list[tuple[float, float]]:
+    """(mean loss in nats, next-token accuracy) of each dataset over its fixed windows, which the processes share:
+    `batches` of them at most, and no more than read the whole split once."""
     c = r.c
     model.eval()
     totals = torch.zeros(len(split.tokens), 3, dtype=torch.float64)  # loss, hits, batches
     for tokens, total in zip(split.tokens, totals, strict=True):
-        offsets = evaluation_batches(len(tokens.ids), c.block_size, c.batch_size, c.eval_iters)
+        offsets = evaluation_batches(len(tokens.ids), c.block_size, c.batch_size, batches)
         for starts in offsets[r.processes.rank :: r.processes.world_size]:
             x, y = tokens.windows(starts, c.block_size, r.model.config.vocab_size)
             x, y = x.to(c.device), y.to(c.device)
@@ -274,7 +317,9 @@ def evaluate_and_save(r: Run, model: torch.nn.Module, train: Mixture, val: Mixtu
     """Prints and logs the losses of both splits; saves ckpt.pt if this is the best yet, and last.pt."""
     c, p = r.c, r.progress
     r.reporter.settle()
-    on_train, on_val = evaluate(r, model, train, ctx), evaluate(r, model, val, ctx)
+    r.reporter.stop_clock()
+    on_train = evaluate(r, model, train, ctx, c.eval_iters)
+    on_val = evaluate(r, model, val, ctx, sys.maxsize if c.target_val_loss else c.eval_iters)
     (train_loss, _), (val_loss, accuracy) = train.mean(on_train), val.mean(on_val)
     r.reporter.say(
         f"step {p.iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, "
@@ -321,7 +366,7 @@ def state_of(r: Run) -> dict[str, Any]:
     """A checkpoint in nanoGPT's layout, and what sampling needs of the dataset."""
     return {
         "model": dict(r.model.state_dict()),
-        "optimizer": r.optimizer.state_dict(),
+        "optimizer": r.optimizers[0].state_dict() if len(r.optimizers) == 1 else None,  # nanoGPT's AdamW
         "model_args": r.model.config.model_args(),
         "iter_num": r.progress.iter_num,
         "best_val_loss": r.progress.best_val_loss,
@@ -339,12 +384,12 @@ def save(r: Run, val_loss: float | None = None, *, put_off: bool = False, wait: 
     r.reporter.settle()
     if not r.files or put_off and r.files.busy:
         return
-    r.reporter.measure_epoch()
+    r.reporter.measure()
     c, p = r.c, r.progress
     more = {
         "sequences_seen": p.sequences_seen,
         "scaler": r.scaler.state_dict(),
-        "optimizers": checkpoint.named_state(r.model, r.optimizer),
+        "optimizers": checkpoint.named_state(r.model, r.optimizers),
         "progress": asdict(p),
         "data": r.data,
     }
@@ -356,7 +401,9 @@ def save(r: Run, val_loss: float | None = None, *, put_off: bool = False, wait: 
 def show_samples(r: Run, ctx) -> None:
     """Prints and logs what the model makes of sample_prompts now."""
     r.reporter.settle()
+    r.reporter.stop_clock()
     if not r.processes.master:
+        r.reporter.restart_clock()
         return
     c, iter_num = r.c, r.progress.iter_num
     seed = derive_seed(c.seed, "sample", iter_num)

@@ -4,10 +4,10 @@
 
 out_dir = "out-demo"
 dataset = "chinese"
-eval_interval = 275
+eval_interval = 250
 eval_iters = 20
 log_interval = 20
-sample_interval = 275
+sample_interval = 250
 sample_prompts = ["《"]
 sample_tokens = 60
 
@@ -15,17 +15,33 @@ gradient_accumulation_steps = 1
 batch_size = 16
 block_size = 128
 
+# a newer architecture than GPT-2's (docs/speedruns.md says what each of these is worth)
 n_layer = 4
 n_head = 4
 n_embd = 128
 dropout = 0.0
+act = "relu2"
+pos = "rope"
+norm = "rmsnorm"
+qk_norm = True
+tied = False
+zero_init = True
+smear = 3
 
-learning_rate = 3e-3
-max_iters = 1100
-lr_decay_iters = 1100
+optim = "muon"
+muon_learning_rate = 0.03
+muon_momentum = 0.95
+muon_momentum_warmup = 100
+learning_rate = 0.01  # of embeddings and head
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.0
+grad_clip = 0.0
+lr_schedule = "linear"
+max_iters = 1000
+lr_decay_iters = 1000
 min_lr = 0.0
-warmup_iters = 50
-beta2 = 0.99
+warmup_iters = 0
 
 device = "cpu"
 compile = False  # two minutes are too short to win back the time of compiling

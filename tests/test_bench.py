@@ -44,7 +44,7 @@ def test_without_a_datasets_validation_split_there_is_no_perplexity(tmp_path):
     [
         (["generat"], "there are train, generate and prepare"),
         (["generate", "--num_rounds=0"], "num_rounds=0"),
-        (["generate", "--nanogpt=nowhere"], "no model.py"),
+        (["generate", "--against=nowhere"], "no model.py"),
         (["generate", "--quantize=int1"], "int8, bf16"),
         (["generate", "--block_size=1"], "block_size must be at least 2"),
         (["generate", "--vocab_size=1000001"], "vocab_size at most a million"),
@@ -53,4 +53,79 @@ def test_without_a_datasets_validation_split_there_is_no_perplexity(tmp_path):
 )
 def test_mistakes_are_sentences(wrong, words, tmp_path):
     done = run_script("bench.py", *TINY_BENCH, *wrong, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+NANO_MODEL = """
+from dataclasses import dataclass
+import torch
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1
+    vocab_size: int = 1
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 1
+    dropout: float = 0.0
+    bias: bool = True
+
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: many")
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.ballast = torch.ones(64 << 20)  # 256 MB
+
+    def forward(self, idx, targets=None):
+        logits = self.wte(idx) @ self.wte.weight.t()
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+"""
+
+
+def test_training_is_measured_beside_nanogpt_each_in_a_process_of_its_own(tmp_path):
+    (tmp_path / "model.py").write_text(NANO_MODEL, encoding="utf-8")
+    asked = ["train", *TINY_BENCH, "--batch_size=2", "--num_steps=4", f"--against={tmp_path}", "--json"]
+    done = run_script("bench.py", *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    ours, theirs = figures["weigpt"], figures["nanogpt"]
+    ratio = figures["tokens_per_second_ratio"]
+    assert ratio == pytest.approx(theirs["ms_per_iteration"] / ours["ms_per_iteration"])
+    assert ours["iterations"] == theirs["iterations"] == 4
+    assert theirs["peak_memory_bytes"] - ours["peak_memory_bytes"] > 200e6  # its ballast, which is not in our process
+    (tmp_path / "model.py").write_text("raise RuntimeError('spoilt')", encoding="utf-8")
+    done = run_script("bench.py", *asked, cwd=tmp_path)
+    assert done.returncode == 2 and "spoilt" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_batch_and_block_sizes_are_swept_and_other_architectures_measured(tmp_path):
+    modern = ["--act=relu2", "--pos=rope", "--norm=rmsnorm", "--qk_norm", "--tied=False", "--zero_init", "--smear=2"]
+    sweep = ["--batch_sizes=1,2", "--block_sizes=8,16", "--optim=muon", "--num_steps=1", "--json"]
+    done = run_script("bench.py", "train", *TINY_BENCH, *modern, *sweep, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["sizes"]
+    assert [(f["batch_size"], f["block_size"]) for f in found] == [(1, 8), (2, 8), (1, 16), (2, 16)]
+    # by hand: embedding and head of their own, no positions, a block of two smears and 12 x 16 x 16
+    assert {f["parameters"] for f in found} == {2 * 1600 + 2 * 2 * 16 + 12 * 256}
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (["--batch_sizes=1,x"], "whole numbers between commas"),
+        (["--block_sizes=0"], "block_size=0"),
+        (["--batch_sizes=1,2", "--profile"], "one batch size"),
+        (["--against=nowhere"], "no model.py"),
+        (["--pos=absolute"], "learned, rope"),
+        (["--optim=lion"], "adamw or muon"),
+    ],
+)
+def test_mistakes_in_measuring_training_are_sentences(wrong, words, tmp_path):
+    done = run_script("bench.py", "train", *TINY_BENCH, "--num_steps=1", *wrong, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -17,7 +17,7 @@ def test_figures_of_both_ways(tmp_path):
     script = tmp_path / "nano" / "data" / "shakespeare_char" / "prepare.py"
     script.parent.mkdir(parents=True)
     script.write_text(SLOW)
-    words = f"--input={tmp_path / 't.txt'}", "--copies=3", f"--nanogpt={tmp_path / 'nano'}", "--num_rounds=2", "--json"
+    words = f"--input={tmp_path / 't.txt'}", "--copies=3", f"--against={tmp_path / 'nano'}", "--num_rounds=2", "--json"
     done = run_script("bench.py", "prepare", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
@@ -32,7 +32,7 @@ def test_mistakes(tmp_path):
     for words, said in (
         (["--input=nowhere.txt"], "nowhere.txt"),
         (["--copies=0"], "copies=0"),
-        (["--nanogpt=nowhere"], "nanogpt=nowhere"),
+        (["--against=nowhere"], "against=nowhere"),
     ):
         done = run_script("bench.py", "prepare", "--num_rounds=1", *words, cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
@@ -40,5 +40,5 @@ def test_mistakes(tmp_path):
     script = tmp_path / "broken" / "data" / "shakespeare_char" / "prepare.py"
     script.parent.mkdir(parents=True)
     script.write_text("raise SystemExit('it does not work')")
-    done = run_script("bench.py", "prepare", "--num_rounds=1", f"--nanogpt={tmp_path / 'broken'}", cwd=tmp_path)
+    done = run_script("bench.py", "prepare", "--num_rounds=1", f"--against={tmp_path / 'broken'}", cwd=tmp_path)
     assert done.returncode == 2 and "it does not work" in done.stderr

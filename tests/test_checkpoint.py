@@ -159,14 +159,14 @@ def test_the_newest_whole_state_is_resumed(tmp_path, capsys):
 def restored(state, model_args=None):
     model = checkpoint.model_of(state | {"model_args": model_args or state["model_args"]}, "x")
     optimizer = model.configure_optimizers(0.2, 1e-3, (0.8, 0.95), "cpu")
-    checkpoint.load_optimizer(optimizer, model, state, "x")
+    checkpoint.load_optimizers([optimizer], model, state, "x")
     return model, optimizer
 
 
 def test_optimizer_state_by_name_and_by_position_agree_and_options_stay_the_runs():
     state = a_state()
     model, by_position = restored(state)
-    named = checkpoint.named_state(model, by_position)
+    named = checkpoint.named_state(model, [by_position])
     assert set(named) == {name for name, _ in model.named_parameters()}
     _, by_name = restored(state | {"optimizers": dict(reversed(named.items()))})
     a, b = by_position.state_dict(), by_name.state_dict()

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from model import GPT, Decoder, GPTConfig
+from decoder import Decoder
+from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -142,7 +143,7 @@ def test_greedy_equals_transformers_with_its_own_cache(tmp_path):
 def test_the_cache_is_one_tensor_a_layer_and_no_longer_than_needed():
     model = random_model(1)
     decoder = Decoder(model, batch=3, time=20)
-    assert [k.shape for k in decoder.keys + decoder.values] == [(3, 4, 20, 8)] * 4
+    assert [t.shape for layer in decoder.layers for t in layer] == [(3, 4, 20, 8)] * 4
     assert Decoder(model, batch=1, time=1000).time == model.config.block_size
 
 
@@ -164,7 +165,7 @@ def test_autocast_decides_the_cache_and_the_models_mode_nothing():
     prompt, new = prompts_for(model)[1], 30
     expected = model.generate(torch.tensor([prompt]), new, temperature=0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert Decoder(model, 1, 8).keys[0].dtype == torch.bfloat16
+        assert Decoder(model, 1, 8).layers[0][0].dtype == torch.bfloat16
         assert model.generate(torch.tensor([prompt]), new, temperature=0).shape == expected.shape
     dropping = GPT(GPTConfig(**SHAPES[2], dropout=0.5))
     dropping.load_state_dict(model.state_dict())

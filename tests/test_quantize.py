@@ -5,7 +5,8 @@ import torch
 from conftest import TINY, run_script
 
 from configurator import UserError
-from model import GPT, Decoder, GPTConfig
+from decoder import Decoder
+from model import GPT, GPTConfig
 from quantize import Int8Linear, check_quantize, quantize
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")

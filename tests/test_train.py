@@ -135,7 +135,7 @@ def test_two_processes_and_one_have_the_same_losses_with_dropout(straight, stori
     ours, alone = figures(tmp_path / "out"), figures(straight[0])
     assert len(ours) == 30 and done.stdout.count("iter 7:") == 1
     for (i, loss, lr, norm), (_, wanted, wanted_lr, wanted_norm) in zip(ours[:20], alone[:20], strict=True):
-        assert abs(loss - wanted) < 1e-5 and lr == wanted_lr and abs(norm - wanted_norm) < 1e-4, i
+        assert abs(loss - wanted) < 1e-5 and lr == wanted_lr and abs(norm - wanted_norm) < 2e-4 * wanted_norm, i
     for one, other in zip(log_of(tmp_path / "out", "eval"), log_of(straight[0], "eval"), strict=True):
         assert abs(one["val_loss"] - other["val_loss"]) < 1e-4
     bad = ["--gradient_accumulation_steps=3"]

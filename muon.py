@@ -1,0 +1,109 @@
+"""Muon, and the optimizers of a run: an update of a matrix is its momentum, orthogonalised.
+
+Notable choices:
+- Query, key and value are matrices of their own, although they lie in one tensor.
+- Matrices of one shape are orthogonalised together, in batched products; of several processes each takes its share.
+- On a CPU the iteration runs in float32 and on the small side: with A = X X', X goes through an odd polynomial as
+  q(A) X, so all steps but the last need nothing but A, whose polynomials commute. On a GPU it runs in bfloat16, which
+  has too few digits for that, on X itself.
+- torch.optim.Muon takes one matrix after the other, in bfloat16 on every device, and would not split c_attn; with a
+  single matrix the two agree.
+
+References: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; torch.optim.Muon.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model import GPT
+
+OPTIMS = ("adamw", "muon")
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5, for the fastest way up from zero
+STEPS = 5
+
+
+def orthogonalized(x: torch.Tensor) -> torch.Tensor:
+    """Matrices [n, rows, cols], each with its singular values between 0.7 and 1.2 and its singular vectors as they
+    were: five steps of a Newton-Schulz iteration. In float32, but on a GPU in bfloat16."""
+    a, b, c = COEFFICIENTS
+    tall = x.size(-2) > x.size(-1)
+    y = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
+    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if x.is_cuda:
+        for _ in range(STEPS):
+            gram = y @ y.mT
+            y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    else:
+        gram, product = y @ y.mT, None
+        for step in range(1, STEPS + 1):
+            q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            q.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = q if product is None else q @ product
+            if step < STEPS:
+                gram = q @ (gram @ q)
+        y = product @ y
+    return (y.mT if tall else y).to(x.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled weight decay. A group's `parts` is how many matrices lie in each of its
+    parameters, one below the other. A matrix [rows, cols] moves by lr * max(1, rows / cols)^0.5 times an orthogonal
+    one, as with torch.optim.Muon's adjust_lr_fn='original'.
+
+    Every process keeps all the momenta and orthogonalises a share of the matrices, which all of them then gather.
+    """
+
+    def __init__(
+        self, params: list[dict[str, Any]], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0,
+        rank: int = 0, world_size: int = 1,
+    ):  # fmt: skip
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
+        self.rank, self.world_size = rank, world_size
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            by_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+            for p, update in zip(params, updates, strict=True):
+                for pair in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):
+                    by_shape.setdefault(pair[0].shape, []).append(pair)
+            for (rows, cols), pairs in by_shape.items():
+                found = self._shared_out(torch.stack([update for _, update in pairs]))
+                targets, rate = [target for target, _ in pairs], group["lr"] * max(1.0, rows / cols) ** 0.5
+                torch._foreach_add_(targets, list(found.unbind()), alpha=-rate)
+
+    def _shared_out(self, x: torch.Tensor) -> torch.Tensor:
+        """The matrices [n, rows, cols] orthogonalised, each by one of the processes."""
+        if self.world_size == 1:
+            return orthogonalized(x)
+        share = -(-len(x) // self.world_size)
+        own = x[self.rank * share : (self.rank + 1) * share]
+        found = x.new_zeros(self.world_size, share, *x.shape[1:])
+        if len(own):
+            found[self.rank, : len(own)] = orthogonalized(own)
+        dist.all_gather(list(found.unbind()), found[self.rank].clone())
+        return found.flatten(0, 1)[: len(x)]
+
+
+def build_optimizers(
+    model: GPT, optim: str, weight_decay: float, learning_rate: float, betas: tuple[float, float], eps: float,
+    muon_learning_rate: float, muon_momentum: float, device_type: str, rank: int = 0, world_size: int = 1,
+) -> list[torch.optim.Optimizer]:  # fmt: skip
+    """AdamW for everything; or with optim='muon' for all but the blocks' matrices, and Muon for those."""
+    if optim == "adamw":
+        return [model.configure_optimizers(weight_decay, learning_rate, betas, device_type, eps)]
+    hidden = model.hidden_matrices()
+    groups = [{"params": [p for p, n in hidden if n == parts], "parts": parts} for parts in (3, 1)]
+    muon = Muon(groups, muon_learning_rate, muon_momentum, weight_decay, rank, world_size)
+    leave_out = {p for p, _ in hidden}
+    return [model.configure_optimizers(weight_decay, learning_rate, betas, device_type, eps, leave_out), muon]

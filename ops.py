@@ -1,0 +1,194 @@
+"""What the model is made of where PyTorch's own is slow on a CPU or large in memory: dropout, attention with dropout,
+RMSNorm, squared ReLU, the convolution of smear, and the loss from hidden states.
+
+Notable choices:
+- On a CPU, PyTorch's attention falls back to whole matrices in memory once it has dropout: half of the time of a step.
+  Here it is computed in pieces that stay in the cache, forwards, and again backwards, as flash attention is
+  (Dao et al. 2022); kept between the two are the queries, keys, values, the result, and a byte for each probability.
+- A mask on a CPU is random bytes, eight to a draw, so that p is taken to the nearest 1/256; what is kept is scaled by
+  the share that is really kept.
+- The loss from hidden states never holds all logits where torch.nn.functional.linear_cross_entropy can do without.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+PIECE = 1 << 18  # attention probabilities that are worked on at a time: a megabyte
+ROWS = 128  # queries in a piece, at most: later keys than theirs are not even computed
+EPS = 1e-5  # of RMSNorm, as of LayerNorm
+LARGE = 1 << 24  # logits from which on they are not held all at once
+
+
+def on_cpu(x: torch.Tensor) -> bool:
+    """Whether x is computed by plain PyTorch on a CPU; what torch.compile makes is its own affair."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """F.dropout, without its mask and copy where nothing is dropped."""
+    if not training or p == 0:
+        return x
+    return _Dropout.apply(x, p) if on_cpu(x) else F.dropout(x, p)
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + 1e-5) over the last dimension (Zhang and Sennrich 2019), without gains."""
+    return _RMSNorm.apply(x) if on_cpu(x) else F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    """ReLU squared (So et al. 2021)."""
+    return _ReLU2.apply(x) if on_cpu(x) else F.relu(x).square()
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, p: float, is_causal: bool
+) -> torch.Tensor:
+    """F.scaled_dot_product_attention with dropout p, of [batch, n_head, time, head_dim] each, result alike."""
+    if p and is_causal and mask is None and on_cpu(q) and not torch.is_autocast_enabled("cpu"):
+        return _Attention.apply(q, k, v, p)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal)
+
+
+def smear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x[t] + weight[0] * x[t-1] + weight[1] * x[t-2] + ... for x [batch, time, n_embd], weight [n, n_embd]; what is
+    before the first token is zero."""
+    return _Smear.apply(x, weight)
+
+
+def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy in nats of logits x @ weight.T against `targets` [n], x [n, n_embd], weight [vocab_size,
+    n_embd]; targets of -1 do not count. Its gradients are computed at once, so it can be backpropagated once."""
+    options = None
+    if not torch.compiler.is_compiling() and targets.numel() * weight.size(0) >= LARGE and torch.is_grad_enabled():
+        options = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # PyTorch 2.13 and newer
+    if options is None:
+        return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
+    return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options())
+
+
+def _kept(shape: torch.Size, p: float) -> tuple[torch.Tensor, float]:
+    """A random mask, bool, False with probability p to the nearest 1/256, and what to multiply the rest with."""
+    n, dropped = shape.numel(), min(255, round(p * 256))
+    draws = torch.empty(-(-n // 8), dtype=torch.int64).random_(-(1 << 63), None)
+    return draws.view(torch.uint8)[:n].view(shape) >= dropped, 256 / (256 - dropped)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        kept, ctx.scale = _kept(x.shape, p)
+        ctx.save_for_backward(kept)
+        return torch.where(kept, x, 0.0).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (kept,) = ctx.saved_tensors
+        return torch.where(kept, dy, 0.0).mul_(ctx.scale), None
+
+
+class _RMSNorm(torch.autograd.Function):
+    """In place of a dozen operations in PyTorch 2.13."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rate = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(EPS).rsqrt_()
+        y = x * rate
+        ctx.save_for_backward(y, rate)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, rate = ctx.saved_tensors
+        return torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(rate)
+
+
+class _ReLU2(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x)
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        return torch.mul(dy, y).mul_(2)
+
+
+class _Smear(torch.autograd.Function):
+    """In place of autograd's own, which would pad x and its gradient for each n."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        y = x.clone()
+        for n, w in enumerate(weight.to(x.dtype).unbind()[: x.size(1) - 1], 1):
+            y[:, n:].addcmul_(x[:, :-n], w)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx, dw = dy.clone(), torch.zeros_like(weight)
+        for n, w in enumerate(weight.to(dy.dtype).unbind()[: x.size(1) - 1], 1):
+            dx[:, :-n].addcmul_(dy[:, n:], w)
+            torch.sum(dy[:, n:] * x[:, :-n], (0, 1), out=dw[n - 1])
+        return dx, dw
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention with dropout, in pieces of some heads of some sequences and of some queries each."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, p):
+        shape, (t, d) = q.shape, q.shape[-2:]
+        q, k, v = ((q * d**-0.5).reshape(-1, t, d), *(x.reshape(-1, t, d) for x in (k, v)))
+        y, masks = torch.empty_like(q), []
+        for heads, rows, seen in _pieces(len(q), t):
+            probabilities = _probabilities(q[heads, rows], k[heads, seen])
+            kept, scale = _kept(probabilities.shape, p)
+            torch.bmm(torch.where(kept, probabilities, 0.0), v[heads, seen], out=(part := y.new_empty(0)))
+            torch.mul(part, scale, out=y[heads, rows])
+            masks.append(kept)
+        ctx.save_for_backward(q, k, v, y, *masks)
+        ctx.scale = scale
+        return y.view(shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, y, *masks = ctx.saved_tensors
+        shape, dy = dy.shape, dy.reshape(q.shape)
+        dot = (dy * y).sum(-1, keepdim=True)  # of each row's probabilities and their gradients
+        dy = dy * ctx.scale
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (heads, rows, seen), kept in zip(_pieces(*q.shape[:2]), masks, strict=True):
+            probabilities = _probabilities(q[heads, rows], k[heads, seen])
+            dv[heads, seen] += torch.where(kept, probabilities, 0.0).mT @ dy[heads, rows]
+            ds = torch.where(kept, dy[heads, rows] @ v[heads, seen].mT, 0.0)
+            ds.sub_(dot[heads, rows]).mul_(probabilities)
+            dq[heads, rows] = ds @ k[heads, seen]
+            dk[heads, seen] += ds.mT @ q[heads, rows]
+        return (*(g.view(shape) for g in (dq.mul_(q.size(-1) ** -0.5), dk, dv)), None)
+
+
+def _pieces(n: int, t: int) -> Iterator[tuple[slice, slice, slice]]:
+    """The heads, the queries and the keys of each piece, of n heads and sequences together and t positions."""
+    together = max(1, PIECE // (min(t, ROWS) * t))
+    for first in range(0, n, together):
+        for row in range(0, t, ROWS):
+            rows = slice(row, min(row + ROWS, t))
+            yield slice(first, first + together), rows, slice(rows.stop)
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Softmax of scaled queries [n, rows, head_dim] against keys [n, seen, head_dim]; the last ones are together."""
+    scores = q @ k.mT
+    rows = q.size(1)
+    scores[..., -rows:] += torch.full((rows, rows), -torch.inf).triu_(1)
+    return scores.softmax(-1)
