@@ -40,6 +40,7 @@ max_seconds = 60.0  # ends warming up and measuring after this long each, with a
 seed = 1337  # of the weights and the random tokens
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16'
+matmul = "auto"  # of training: 'auto', 'float32' or 'bfloat16' products of float32 matrices on a CPU
 compile = True  # torch.compile, where there is a compiler; on a CPU False, unless set
 profile = False  # print the ten hottest operations, and write a trace for a viewer into bench_log/
 max_new_tokens = 256  # of generation, after a short prompt

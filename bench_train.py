@@ -2,8 +2,8 @@
 clipping and the optimizers' step.
 
 Notable choices:
-- With nanoGPT beside, each has a process of its own, so that memory and its allocator are its own too; they make their
-  steps in turns, and while one does the other waits.
+- With nanoGPT beside, each has a process of its own, so that memory and its allocator are its own too; they take turns
+  of half a second, or of one iteration where that takes longer, and while one works the other waits.
 - nanoGPT's iteration is that of its train.py on its own model; ours that of our train.py.
 """
 
@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 from configurator import Config, UserError, user_errors
-from device import autocast, can_compile, choose_device, try_compiled
+from device import autocast, can_compile, choose_device, choose_matmul, try_compiled
 from loader import dataset_folder, open_split, sequence_starts
 from model import GPT, GPTConfig, derive_seed, peak_flops
 from muon import OPTIMS, build_optimizers
 from run_dir import RunDir
 
+TURN = 0.5  # seconds, at least, that one works while the other waits
 SAVES = 5  # measured, after a first one that also takes new memory
 Figures = dict[str, Any]
 
@@ -50,6 +51,7 @@ def measure(c: Config, say: Callable[[str], None]) -> Figures:
         except UserError:
             say("note: data/openwebtext is not prepared; taking random tokens")
             c.real_data = False
+    c.matmul = choose_matmul(c.matmul, c.device)
     c.compile = c.compile and can_compile(c.device)
     batches, blocks = sizes(c, "batch_size"), sizes(c, "block_size")
     swept = len(batches) * len(blocks) > 1
@@ -92,6 +94,14 @@ class Contender:
         self.ctx = autocast(c.device, c.dtype)
         self.fast, self.steps = torch.compile(self.model) if c.compile else self.model, 0
 
+    def turn(self) -> list[float]:
+        """Iterations for TURN seconds: the seconds of each. The first of several, which finds the caches cold and the
+        threads asleep, is left out."""
+        times, until = [self.step()], time.perf_counter() + TURN
+        while time.perf_counter() + times[0] < until:
+            times.append(self.step())
+        return times[1:] or times
+
     def step(self) -> float:
         """One iteration, waited for: seconds."""
         x, y = (t.to(self.c.device) for t in self.windows(self.steps))
@@ -128,10 +138,11 @@ def alone(c: Config, say: Callable[[str], None]) -> Figures:
     )
     first_step = ours.first_step()
     say(f"first step{', compiling' if c.compile else ''}: {first_step:.2f}s")
-    repeat(c, [ours.step], c.num_steps // 2)
+    steps = [lambda: [ours.step()]]
+    repeat(c, steps, c.num_steps // 2)
     if c.profile:
-        return print_profile(lambda steps: repeat(c, [ours.step], steps), c, say)
-    (times,) = repeat(c, [ours.step], c.num_steps)
+        return print_profile(lambda n: repeat(c, steps, n), c, say)
+    (times,) = repeat(c, steps, c.num_steps)
     figures = {"batch_size": c.batch_size, "block_size": c.block_size}
     figures |= figures_of(c, times, first_step, peak_memory(c.device), ours.model)
     say(line(figures))
@@ -151,7 +162,7 @@ def alone(c: Config, say: Callable[[str], None]) -> Figures:
 
 
 def beside(c: Config, say: Callable[[str], None]) -> Figures:
-    """Our figures and nanoGPT's, each in a process of its own, in turns step by step, and the medians' ratio."""
+    """Our figures and nanoGPT's, each in a process of its own, in turns, and the ratio of their medians."""
     names, spawn = ("weigpt", "nanogpt"), multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as held:
         wires = {}
@@ -174,9 +185,9 @@ def beside(c: Config, say: Callable[[str], None]) -> Figures:
             return answer
 
         first = {name: ask(name, "first_step") for name in names}
-        steps = [lambda name=name: ask(name, "step") for name in names]
-        repeat(c, steps, c.num_steps // 2)
-        times = dict(zip(names, repeat(c, steps, c.num_steps), strict=True))
+        turns = [lambda name=name: ask(name, "turn") for name in names]
+        repeat(c, turns, c.num_steps // 2)
+        times = dict(zip(names, repeat(c, turns, c.num_steps), strict=True))
         memory = {name: ask(name, "memory") for name in names}
     with torch.device("meta"):
         model = GPT(GPTConfig(**shape_of(c)))  # for counting alone
@@ -201,10 +212,11 @@ def serve_steps(wire: Connection, c: Config, name: str) -> None:
         try:
             if name == "weigpt":
                 choose_device(c.device)  # with what it sets up; nanoGPT runs as it is
+                choose_matmul(c.matmul, c.device)
             contender = Contender(c, name)
             answers = {
                 "first_step": contender.first_step,
-                "step": contender.step,
+                "turn": contender.turn,
                 "memory": lambda: peak_memory(c.device),
             }
             while True:
@@ -213,14 +225,15 @@ def serve_steps(wire: Connection, c: Config, name: str) -> None:
             wire.send((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
-def repeat(c: Config, steps: list[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """The seconds of each of the steps, made in turns, the order turned around each round; at least one round, and no
-    more than max_seconds for each of the steps."""
-    times, until = [[] for _ in steps], time.perf_counter() + c.max_seconds * len(steps)
-    while len(times[0]) < max(1, rounds) and (not times[0] or time.perf_counter() < until):
-        order = list(zip(steps, times, strict=True))
-        for step, own in order if len(times[0]) % 2 == 0 else reversed(order):
-            own.append(step())
+def repeat(c: Config, turns: list[Callable[[], list[float]]], steps: int) -> list[list[float]]:
+    """The seconds of each iteration of each contender, in turns, whose order is turned around each round, until every
+    one has made `steps`; at least one round, and no more than max_seconds for each of them."""
+    times, until, rounds = [[] for _ in turns], time.perf_counter() + c.max_seconds * len(turns), 0
+    while min(map(len, times)) < max(1, steps) and (not rounds or time.perf_counter() < until):
+        order = list(zip(turns, times, strict=True))
+        for turn, own in order if rounds % 2 == 0 else reversed(order):
+            own += turn()
+        rounds += 1
     return times
 
 

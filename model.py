@@ -18,7 +18,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -368,7 +368,7 @@ class GPT(nn.Module):
         """Shortens the context to block_size by dropping the later position embeddings. ValueError if it is longer."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size = {block_size}: the model's context is {self.config.block_size}, at most")
-        self.config.block_size = block_size
+        self.config = replace(self.config, block_size=block_size)  # which checks it against the rest
         if self.rotation is None:
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
         else:
@@ -412,7 +412,8 @@ class GPT(nn.Module):
         """
         c = self.config
         sizes = {"vocab_size": c.vocab_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
-        if newer := c.model_args().keys() - sizes.keys() - {"block_size", "bias", "dropout", "act"}:
+        known = sizes.keys() | {"block_size", "bias", "dropout"} | ({"act"} if c.act in HF_ACTIVATIONS else set())
+        if newer := c.model_args().keys() - known:
             raise ValueError(f"GPT-2's layout has no place for this model's {', '.join(sorted(newer))}")
         config = {
             "architectures": ["GPT2LMHeadModel"],

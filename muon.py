@@ -4,8 +4,8 @@ Notable choices:
 - Query, key and value are matrices of their own, although they lie in one tensor.
 - Matrices of one shape are orthogonalised together, in batched products; of several processes each takes its share.
 - On a CPU the iteration runs in float32 and on the small side: with A = X X', X goes through an odd polynomial as
-  q(A) X, so all steps but the last need nothing but A, whose polynomials commute. On a GPU it runs in bfloat16, which
-  has too few digits for that, on X itself.
+  q(A) X, so all steps but the last need nothing but A, whose polynomials commute. On a GPU it runs in bfloat16, and so
+  do products on a CPU with AMX: they have too few digits for that, so it runs on X itself.
 - torch.optim.Muon takes one matrix after the other, in bfloat16 on every device, and would not split c_attn; with a
   single matrix the two agree.
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from model import GPT
+from ops import rounds_products
 
 OPTIMS = ("adamw", "muon")
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5, for the fastest way up from zero
@@ -31,7 +32,7 @@ def orthogonalized(x: torch.Tensor) -> torch.Tensor:
     tall = x.size(-2) > x.size(-1)
     y = (x.mT if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
     y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if x.is_cuda:
+    if x.is_cuda or rounds_products():
         for _ in range(STEPS):
             gram = y @ y.mT
             y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)

@@ -2,12 +2,14 @@
 RMSNorm, squared ReLU, the convolution of smear, and the loss from hidden states.
 
 Notable choices:
-- On a CPU, PyTorch's attention falls back to whole matrices in memory once it has dropout: half of the time of a step.
+- On a CPU, PyTorch's attention falls back to whole matrices in memory once it has dropout: half of the time of a step;
+  and where products are rounded to bfloat16, it takes ten times as long as without.
   Here it is computed in pieces that stay in the cache, forwards, and again backwards, as flash attention is
   (Dao et al. 2022); kept between the two are the queries, keys, values, the result, and a byte for each probability.
 - A mask on a CPU is random bytes, eight to a draw, so that p is taken to the nearest 1/256; what is kept is scaled by
   the share that is really kept.
-- The loss from hidden states never holds all logits where torch.nn.functional.linear_cross_entropy can do without.
+- The loss from hidden states never holds all logits where torch.nn.functional.linear_cross_entropy can do without: not
+  under autocast, whose loss it would round to bfloat16, nor compiled, where the compiler has its own way.
 """
 
 from collections.abc import Iterator
@@ -24,6 +26,11 @@ LARGE = 1 << 24  # logits from which on they are not held all at once
 def on_cpu(x: torch.Tensor) -> bool:
     """Whether x is computed by plain PyTorch on a CPU; what torch.compile makes is its own affair."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def rounds_products() -> bool:
+    """Whether matrices of float32 are multiplied in bfloat16 on this CPU, as device.choose_matmul has it."""
+    return torch.get_float32_matmul_precision() == "medium"
 
 
 def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
@@ -47,7 +54,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, p: float, is_causal: bool
 ) -> torch.Tensor:
     """F.scaled_dot_product_attention with dropout p, of [batch, n_head, time, head_dim] each, result alike."""
-    if p and is_causal and mask is None and on_cpu(q) and not torch.is_autocast_enabled("cpu"):
+    if is_causal and mask is None and on_cpu(q) and q.dtype == torch.float32 and (p or rounds_products()):
         return _Attention.apply(q, k, v, p)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal)
 
@@ -61,22 +68,19 @@ def smear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The mean cross-entropy in nats of logits x @ weight.T against `targets` [n], x [n, n_embd], weight [vocab_size,
     n_embd]; targets of -1 do not count. Its gradients are computed at once, so it can be backpropagated once."""
-    options = None
-    if not torch.compiler.is_compiling() and targets.numel() * weight.size(0) >= LARGE and torch.is_grad_enabled():
-        options = getattr(torch.nn, "LinearCrossEntropyOptions", None)  # PyTorch 2.13 and newer
-    if options is None:
-        return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
-    return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options())
+    many = targets.numel() * weight.size(0) >= LARGE and torch.is_grad_enabled()
+    if many and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
+        if options := getattr(torch.nn, "LinearCrossEntropyOptions", None):  # PyTorch 2.13 and newer
+            return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options())
+    return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
 
 
 def _kept(shape: torch.Size, p: float) -> tuple[torch.Tensor, float]:
-    """A random mask, bool, False with probability p to the nearest 1/256, and what to multiply the rest with."""
+    """A random mask, uint8, 0 with probability p to the nearest 1/256 and else 1, by which a tensor is multiplied in a
+    fifth of the time that torch.where takes; and what to multiply the rest with."""
     n, dropped = shape.numel(), min(255, round(p * 256))
     draws = torch.empty(-(-n // 8), dtype=torch.int64).random_(-(1 << 63), None)
-    return draws.view(torch.uint8)[:n].view(shape) >= dropped, 256 / (256 - dropped)
+    return draws.view(torch.uint8)[:n].view(shape).ge_(dropped), 256 / (256 - dropped)
 
 
 class _Dropout(torch.autograd.Function):
@@ -84,12 +88,12 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, p):
         kept, ctx.scale = _kept(x.shape, p)
         ctx.save_for_backward(kept)
-        return torch.where(kept, x, 0.0).mul_(ctx.scale)
+        return (x * kept).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx, dy):
         (kept,) = ctx.saved_tensors
-        return torch.where(kept, dy, 0.0).mul_(ctx.scale), None
+        return (dy * kept).mul_(ctx.scale), None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -138,7 +142,7 @@ class _Smear(torch.autograd.Function):
         dx, dw = dy.clone(), torch.zeros_like(weight)
         for n, w in enumerate(weight.to(dy.dtype).unbind()[: x.size(1) - 1], 1):
             dx[:, :-n].addcmul_(dy[:, n:], w)
-            torch.sum(dy[:, n:] * x[:, :-n], (0, 1), out=dw[n - 1])
+            dw[n - 1] = (dy[:, n:] * x[:, :-n]).sum((0, 1))
         return dx, dw
 
 
@@ -149,13 +153,16 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, p):
         shape, (t, d) = q.shape, q.shape[-2:]
         q, k, v = ((q * d**-0.5).reshape(-1, t, d), *(x.reshape(-1, t, d) for x in (k, v)))
-        y, masks = torch.empty_like(q), []
+        y, masks, scale = torch.empty_like(q), [], 1.0
         for heads, rows, seen in _pieces(len(q), t):
             probabilities = _probabilities(q[heads, rows], k[heads, seen])
-            kept, scale = _kept(probabilities.shape, p)
-            torch.bmm(torch.where(kept, probabilities, 0.0), v[heads, seen], out=(part := y.new_empty(0)))
-            torch.mul(part, scale, out=y[heads, rows])
-            masks.append(kept)
+            if p:
+                kept, scale = _kept(probabilities.shape, p)
+                probabilities.mul_(kept)
+                masks.append(kept)
+            y[heads, rows] = probabilities @ v[heads, seen]
+        if scale != 1:
+            y *= scale
         ctx.save_for_backward(q, k, v, y, *masks)
         ctx.scale = scale
         return y.view(shape)
@@ -165,12 +172,14 @@ class _Attention(torch.autograd.Function):
         q, k, v, y, *masks = ctx.saved_tensors
         shape, dy = dy.shape, dy.reshape(q.shape)
         dot = (dy * y).sum(-1, keepdim=True)  # of each row's probabilities and their gradients
-        dy = dy * ctx.scale
+        dy = dy * ctx.scale if masks else dy
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (heads, rows, seen), kept in zip(_pieces(*q.shape[:2]), masks, strict=True):
-            probabilities = _probabilities(q[heads, rows], k[heads, seen])
-            dv[heads, seen] += torch.where(kept, probabilities, 0.0).mT @ dy[heads, rows]
-            ds = torch.where(kept, dy[heads, rows] @ v[heads, seen].mT, 0.0)
+        for n, (heads, rows, seen) in enumerate(_pieces(*q.shape[:2])):
+            probabilities = kept = _probabilities(q[heads, rows], k[heads, seen])
+            ds = dy[heads, rows] @ v[heads, seen].mT
+            if masks:
+                kept, ds = probabilities * masks[n], ds.mul_(masks[n])
+            dv[heads, seen] += kept.mT @ dy[heads, rows]
             ds.sub_(dot[heads, rows]).mul_(probabilities)
             dq[heads, rows] = ds @ k[heads, seen]
             dk[heads, seen] += ds.mT @ q[heads, rows]

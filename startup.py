@@ -12,7 +12,7 @@ import torch
 
 import checkpoint
 from configurator import Config, UserError, coerce, note, user_errors
-from device import choose_device, choose_dtype
+from device import choose_device, choose_dtype, choose_matmul
 from generate import prompt_ids
 from loader import Mixture, Part, check_vocabulary, fingerprint, open_mixture, parts_of
 from model import GPT, GPTConfig, derive_seed
@@ -48,6 +48,7 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     processes = join_processes(c.backend, c.device, c.peer_timeout)
     c.device = choose_device(c.device, processes.local_rank if processes.world_size > 1 else None)
     c.dtype = choose_dtype(c.dtype, c.device)
+    c.matmul = choose_matmul(c.matmul, c.device)
     path, state, lock = to_resume(c, processes, held)
     inherit(c, state.get("config", {}))
     check(c, processes.world_size)
@@ -96,6 +97,7 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     )
     reporter.say(
         f"number of parameters: {model.get_num_params() / 1e6:.2f}M; {processes.world_size} x {c.device}, {c.dtype}"
+        f"{', products of bfloat16' if c.matmul == 'bfloat16' else ''}"
     )
     if state:
         reporter.say(f"resuming from {path} at iteration {r.started_at:,}")
@@ -159,7 +161,17 @@ def open_files(r: Run, resumed_from: Path | None, lock: filelock.BaseFileLock | 
 
 def inherit(c: Config, saved: dict[str, Any]) -> None:
     """On resuming, what the user did not set comes from the checkpoint, but for what belongs to this machine."""
-    of_this_machine = ("device", "dtype", "compile", "backend", "peer_timeout", "out_dir", "init_from", "eval_only")
+    of_this_machine = (
+        "device",
+        "dtype",
+        "matmul",
+        "compile",
+        "backend",
+        "peer_timeout",
+        "out_dir",
+        "init_from",
+        "eval_only",
+    )
     if saved and "optim" in c.given and c.optim != (own := saved.get("optim", "adamw")):
         raise UserError(
             f"optim={c.optim} is set, but the run in {c.out_dir} has {own}: a resumed run keeps its optimizer"
@@ -253,7 +265,8 @@ def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: 
             note(f"note: block_size={model.config.block_size} comes from {source}, not {c.block_size}")
         c.block_size = model.config.block_size
     if c.block_size < model.config.block_size:
-        model.crop_block_size(c.block_size)
+        with user_errors(ValueError):
+            model.crop_block_size(c.block_size)
     return model
 
 

@@ -79,6 +79,7 @@ backend = "nccl"  # 'nccl' or 'gloo' under torchrun; on CPUs always gloo
 peer_timeout = 60  # seconds without a sign of life from another process after which this one gives up
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16' (with a loss scaler)
+matmul = "auto"  # products of float32 matrices on a CPU: 'float32', 'bfloat16', or 'auto', bfloat16 where it has AMX
 compile = True  # torch.compile, where there is a compiler: a slow first step, then faster ones
 config = configure(globals())
 

@@ -4,10 +4,10 @@
 
 out_dir = "out-demo"
 dataset = "chinese"
-eval_interval = 250
+eval_interval = 150
 eval_iters = 20
 log_interval = 20
-sample_interval = 250
+sample_interval = 150
 sample_prompts = ["《"]
 sample_tokens = 60
 
@@ -19,7 +19,7 @@ block_size = 128
 n_layer = 4
 n_head = 4
 n_embd = 128
-dropout = 0.0
+dropout = 0.1  # a small text is soon learnt by heart
 act = "relu2"
 pos = "rope"
 norm = "rmsnorm"
@@ -38,8 +38,8 @@ beta2 = 0.95
 weight_decay = 0.0
 grad_clip = 0.0
 lr_schedule = "linear"
-max_iters = 1000
-lr_decay_iters = 1000
+max_iters = 600
+lr_decay_iters = 600
 min_lr = 0.0
 warmup_iters = 0
 

@@ -23,6 +23,7 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 TINY_ARGS = [f"--{k}={v}" for k, v in TINY.items()] + [
     "--device=cpu",
     "--compile=False",
+    "--matmul=float32",
     "--batch_size=4",
     "--eval_iters=2",
     "--learning_rate=1e-2",
@@ -45,6 +46,12 @@ def torchrun(processes: int, *args, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*command, str(ROOT / args[0]), *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, encoding="utf-8"
     )
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """A script that is run inside a test may have chosen bfloat16 for the products of float32 matrices."""
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def test_training_is_measured_beside_nanogpt_each_in_a_process_of_its_own(tmp_pa
     ours, theirs = figures["weigpt"], figures["nanogpt"]
     ratio = figures["tokens_per_second_ratio"]
     assert ratio == pytest.approx(theirs["ms_per_iteration"] / ours["ms_per_iteration"])
-    assert ours["iterations"] == theirs["iterations"] == 4
+    assert min(ours["iterations"], theirs["iterations"]) >= 4
     assert theirs["peak_memory_bytes"] - ours["peak_memory_bytes"] > 200e6  # its ballast, which is not in our process
     (tmp_path / "model.py").write_text("raise RuntimeError('spoilt')", encoding="utf-8")
     done = run_script("bench.py", *asked, cwd=tmp_path)

@@ -32,6 +32,7 @@ HUB = (
     "config/finetune_shakespeare",
     "--nnodes=2",
     "sbatch ",
+    "--against=",
 )
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the README's commands are for a POSIX shell")
 
@@ -108,7 +109,9 @@ def test_every_command_of_the_readme(tmp_path):
             run = run.replace("-m pytest", "-m pytest tests/test_loader.py")  # not this test again, without end
             run = run.replace("torchrun --standalone --nproc_per_node=8", f"{python} -m torch.distributed.run "
                               "--standalone --nproc_per_node=2")  # fmt: skip
-            if "train.py" in run and "--help" not in run:
+            if "speedrun.py" in run:
+                run += f" --seeds=1 --more='{SMALL_TRAIN}'"
+            elif "train.py" in run and "--help" not in run:
                 run += f" {SMALL_TRAIN}" + (" --max_iters=4" if "=resume" in run or "=auto" in run else "")
             elif "sample.py" in run:
                 run += " --device=cpu --max_new_tokens=8 --num_samples=2"

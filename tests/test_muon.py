@@ -48,6 +48,16 @@ def test_singular_values_come_near_to_one_and_the_vectors_stay(rows, cols):
     assert (values[~near_zero] > 0.65).all() and (values < 1.25).all()
 
 
+@pytest.mark.parametrize("rows, cols", SHAPES)
+def test_rounded_products_keep_it_near(rows, cols):
+    torch.set_float32_matmul_precision("medium")  # bfloat16, on a CPU that has it
+    x = gaussian(3, rows, cols, seed=cols)
+    found = orthogonalized(x)
+    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    expected = u @ torch.diag_embed(quintic(s)) @ vh
+    assert found.dtype == torch.float32 and (found - expected).norm() < 0.06 * expected.norm()
+
+
 def test_a_matrix_of_zeros_stays_zero():
     assert (orthogonalized(torch.zeros(2, 4, 6)) == 0).all()
 

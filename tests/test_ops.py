@@ -1,4 +1,4 @@
-"""Dropout, attention with dropout, smear and the loss: against formulas written out here, and finite differences."""
+"""The model's operations: against formulas written out here, and finite differences."""
 
 import math
 
@@ -34,11 +34,13 @@ def really_kept(p):
     return 1 - round(p * 256) / 256
 
 
-@pytest.mark.parametrize("piece", [1 << 18, 1000])
+@pytest.mark.parametrize("piece, rows", [(1 << 18, 128), (1000, 128), (1, 5)])
 @pytest.mark.parametrize("p", [0.2, 0.5])
 @pytest.mark.parametrize("time", [1, 7, 128, 129, 300])
-def test_attention_with_dropout_is_the_formula_with_the_same_masks(time, p, piece, monkeypatch):
+def test_attention_with_dropout_is_the_formula_with_the_same_masks(time, p, piece, rows, monkeypatch):
+    """And so are its gradients, in pieces of any size."""
     monkeypatch.setattr(ops, "PIECE", piece)
+    monkeypatch.setattr(ops, "ROWS", rows)
     q, k, v = queries_keys_values(2, 3, time, 16)
     weights = torch.randn(2, 3, time, 16, generator=torch.Generator().manual_seed(1))
     y = same_draws(5, ops.attention, q, k, v, None, p, True)
@@ -52,14 +54,6 @@ def test_attention_with_dropout_is_the_formula_with_the_same_masks(time, p, piec
     for one, other in zip(ours, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
     assert time == 1 or 0 < mask.sum() < 6 * time * (time + 1) / 2
-
-
-@pytest.mark.parametrize("rows, piece", [(128, 1 << 18), (3, 1), (2, 30)])
-def test_the_gradients_of_attention_are_those_of_finite_differences(rows, piece, monkeypatch):
-    monkeypatch.setattr(ops, "ROWS", rows)
-    monkeypatch.setattr(ops, "PIECE", piece)
-    qkv = queries_keys_values(1, 2, 7, 4, torch.float64)
-    assert torch.autograd.gradcheck(lambda q, k, v: same_draws(3, ops.attention, q, k, v, None, 0.3, True), qkv)
 
 
 @pytest.mark.parametrize("p", [0.2, 0.5])
@@ -100,6 +94,23 @@ def test_without_dropout_attention_is_pytorchs():
         assert torch.equal(ops.attention(q, k, v, given, 0.0, is_causal), expected)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("time", [7, 129])
+def test_attention_with_rounded_products_is_near(time, p):
+    torch.set_float32_matmul_precision("medium")  # bfloat16, on a CPU that has it
+    q, k, v = queries_keys_values(2, 3, time, 16)
+    weights = torch.randn(2, 3, time, 16, generator=torch.Generator().manual_seed(1))
+    y = same_draws(5, ops.attention, q, k, v, None, p, True)
+    ours = torch.autograd.grad((y * weights).sum(), (q, k, v))
+    torch.set_float32_matmul_precision("highest")
+    mask = multipliers(5, 2, 3, time, p) > 0 if p else torch.ones(time, time)
+    scores = (q @ k.mT / math.sqrt(16)).masked_fill(torch.ones(time, time).triu(1) > 0, -math.inf)
+    expected = (scores.softmax(-1) * mask / really_kept(p)) @ v
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for one, other in zip((y, *ours), (expected, *wanted), strict=True):
+        assert one.dtype == torch.float32 and (one - other).norm() < 0.02 * other.norm()
+
+
 def test_attention_that_is_not_causal_drops_too():
     alike, units = torch.zeros(3, 4, 50, 50), torch.eye(50).expand(3, 4, -1, -1)
     share = (ops.attention(alike, alike, units, None, 0.2, False) == 0).double().mean()
@@ -136,6 +147,40 @@ def test_every_place_is_dropped_equally_often():
 def test_dropout_is_nothing_where_nothing_is_dropped():
     x = torch.randn(3, 4)
     assert ops.dropout(x, 0.5, False) is x and ops.dropout(x, 0.0, True) is x
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (2, 3, 2, 6), (1, 1), (3, 0, 5)])
+def test_rms_norm_and_relu2_are_their_formulas_and_so_are_their_gradients(shape):
+    torch.manual_seed(0)
+    x = (torch.randn(shape, dtype=torch.float64) * 3).requires_grad_()
+    small = (torch.randn(shape, dtype=torch.float64) * 1e-3).requires_grad_()  # where the 1e-5 shows
+    for one in (x, small):
+        torch.testing.assert_close(ops.rms_norm(one), one / (one**2).mean(-1, keepdim=True).add(1e-5).sqrt())
+        assert torch.autograd.gradcheck(ops.rms_norm, one, eps=1e-7)
+    torch.testing.assert_close(ops.relu2(x), x.clamp(min=0) ** 2)
+    assert torch.autograd.gradcheck(ops.relu2, x)
+    nothing = torch.zeros(2, 5, requires_grad=True)
+    for function in (ops.rms_norm, ops.relu2):
+        y = function(nothing)
+        assert (y == 0).all() and torch.autograd.grad(y.sum(), nothing)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_and_relu2_keep_the_dtype_and_their_input(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 40).to(dtype).transpose(0, 1)
+    precise, tolerance = x.double().requires_grad_(), 1e-5 if dtype == torch.float32 else 2e-2
+    for function, formula in (
+        (ops.rms_norm, lambda x: x / (x**2).mean(-1, keepdim=True).add(1e-5).sqrt()),
+        (ops.relu2, lambda x: x.clamp(min=0) ** 2),
+    ):
+        given, weights = x.clone().requires_grad_(), torch.randn(2, 5, 40).to(dtype)
+        y = function(given)
+        (dx,) = torch.autograd.grad(y, given, weights)
+        (wanted,) = torch.autograd.grad(formula(precise), precise, weights.double())
+        assert y.dtype == dx.dtype == dtype and torch.equal(given, x)
+        torch.testing.assert_close(y.double(), formula(precise), atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(dx.double(), wanted, atol=2 * tolerance, rtol=tolerance)
 
 
 def smeared(x, weight):

@@ -68,3 +68,17 @@ def test_mistakes_are_sentences(recipe, tmp_path):
     ):
         done = run_script("extras/speedrun.py", *wrong, cwd=tmp_path)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", ["cpu_char", "gpu_char", "gpt2_124m", "chinese"])
+def test_every_recipe_trains_at_a_reduced_size_and_resumes(name, stories, tmp_path):
+    small = ["--device=cpu", "--compile=False", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
+    small += ["--batch_size=2", "--gradient_accumulation_steps=2", "--eval_iters=1", f"--dataset={stories}"]
+    done = run_script("train.py", f"config/speedrun_{name}.py", *small, "--max_iters=2", "--out_dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    end = json.loads((tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert end["kind"] == "end" and end["iter"] == 2 and end["tokens"] == 2 * 4 * 16
+    assert end.get("reached") is (None if name == "chinese" else False)
+    more = ["--init_from=resume", "--out_dir=out", "--device=cpu", "--compile=False", "--max_iters=3"]
+    done = run_script("train.py", *more, cwd=tmp_path)
+    assert done.returncode == 0 and "step 3" in done.stdout, done.stderr

@@ -91,7 +91,9 @@ def test_the_console_lines_are_nanogpts(straight):
 def test_killed_and_resumed_is_bit_for_bit_the_straight_run(straight, stories, tmp_path):
     status, _ = interrupted(tmp_path, stories, 13, signal.SIGKILL, "--eval_interval=10")
     assert status == -signal.SIGKILL and checkpoint.newest(str(tmp_path / "out"))[1]["iter_num"] in (10, 20)
-    done = run_script("train.py", "--init_from=resume", "--device=cpu", "--compile=False", cwd=tmp_path)
+    done = run_script(
+        "train.py", "--init_from=resume", "--device=cpu", "--compile=False", "--matmul=float32", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert figures(tmp_path / "out") == figures(straight[0])
     assert_same_state(tmp_path / "out", straight[0])
@@ -104,7 +106,9 @@ def test_stopped_by_a_signal_it_saves_its_step_and_says_how_to_go_on(straight, s
     stopped_at = checkpoint.load(tmp_path / "out" / "last.pt")["iter_num"]
     assert status == 128 + number and 17 <= stopped_at < 30
     assert output.splitlines()[-1].endswith("python train.py --init_from=resume --out_dir=out")
-    done = run_script("train.py", "--init_from=resume", "--device=cpu", "--compile=False", cwd=tmp_path)
+    done = run_script(
+        "train.py", "--init_from=resume", "--device=cpu", "--compile=False", "--matmul=float32", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert f"at iteration {stopped_at}" in done.stdout
     assert figures(tmp_path / "out") == figures(straight[0])
@@ -220,7 +224,7 @@ def nanogpt_run(folder):
 def test_a_nanogpt_folder_resumes_and_speaks(tmp_path, monkeypatch, capsys):
     out, state = nanogpt_run(tmp_path)
     monkeypatch.chdir(tmp_path)
-    train.main(settings("--init_from=resume", "--device=cpu", "--compile=False"))
+    train.main(settings("--init_from=resume", "--device=cpu", "--compile=False", "--matmul=float32"))
     printed = capsys.readouterr().out
     assert "resuming from out/ckpt.pt at iteration 20" in printed.replace("\\", "/") and "iter 20:" in printed
     last = checkpoint.load(out / "last.pt")
@@ -257,7 +261,7 @@ def copy_run(straight, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-RESUME = ["--init_from=resume", "--device=cpu", "--compile=False"]
+RESUME = ["--init_from=resume", "--device=cpu", "--compile=False", "--matmul=float32"]
 
 
 def test_a_finished_run_says_so_and_a_larger_max_iters_goes_on(straight, tmp_path, monkeypatch, capsys):
@@ -327,7 +331,7 @@ def test_weights_from_a_hugging_face_folder(tmp_path, monkeypatch):
     transformers.GPT2LMHeadModel(config).save_pretrained("hf")
     (tmp_path / "t.txt").write_text("All that glitters is not gold. " * 100, encoding="utf-8")
     assert run_script("data/shakespeare/prepare.py", "--input=t.txt", "--dest=gold", cwd=tmp_path).returncode == 0
-    start = ["--init_from=hf", "--dataset=gold", "--device=cpu", "--compile=False"]
+    start = ["--init_from=hf", "--dataset=gold", "--device=cpu", "--compile=False", "--matmul=float32"]
     small = ["--batch_size=2", "--max_iters=2", "--eval_iters=1", "--gradient_accumulation_steps=1"]
     done = run_script("train.py", *start, *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -552,14 +556,16 @@ def test_last_pt_is_saved_as_often_as_asked_and_numbered_ones_are_kept(straight,
     assert status == -signal.SIGKILL
     assert 14 <= checkpoint.newest(str(tmp_path / "out"))[1]["iter_num"] <= 30  # numbered ones are waited for
     assert (tmp_path / "out" / "ckpt-14.pt").is_file()
-    done = run_script("train.py", "--init_from=resume", "--device=cpu", "--compile=False", cwd=tmp_path)
+    done = run_script(
+        "train.py", "--init_from=resume", "--device=cpu", "--compile=False", "--matmul=float32", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "out").glob("ckpt-*")} == {"ckpt-21.pt", "ckpt-28.pt"}
     assert figures(tmp_path / "out") == figures(straight[0])
     assert_same_state(tmp_path / "out", straight[0])
     (tmp_path / "branch").mkdir()
     shutil.copy(tmp_path / "out" / "ckpt-21.pt", tmp_path / "branch" / "last.pt")
-    resume = ["--init_from=resume", "--out_dir=branch", "--device=cpu", "--compile=False"]
+    resume = ["--init_from=resume", "--out_dir=branch", "--device=cpu", "--compile=False", "--matmul=float32"]
     assert run_script("train.py", *resume, cwd=tmp_path).returncode == 0
     assert_same_state(tmp_path / "branch", straight[0])
 

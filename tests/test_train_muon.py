@@ -60,7 +60,7 @@ def test_ended_by_a_signal_and_resumed_it_is_bit_for_bit_the_straight_run(straig
     assert status == (-number if number == signal.SIGKILL else 128 + number)
     before = checkpoint.newest(str(tmp_path / "out"))[1]
     assert 10 <= before["iter_num"] < 30
-    done = run_script("train.py", "--init_from=resume", "--device=cpu", "--compile=False", cwd=tmp_path)
+    done = run_script("train.py", *RESUME, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert figures(tmp_path / "out") == figures(straight)
     assert_same_state(tmp_path / "out", straight)
@@ -102,10 +102,13 @@ def test_the_first_update_is_an_orthogonal_matrix_of_muons_rate(stories, tmp_pat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun with gloo is tried on POSIX")
-def test_two_processes_and_one_have_the_same_losses(stories, tmp_path, monkeypatch):
-    """One block: of its matrices, the processes share some unevenly, and of others one process has none."""
+@pytest.mark.parametrize("micro_steps", [2, 4])
+def test_two_processes_and_one_have_the_same_losses(stories, tmp_path, monkeypatch, micro_steps):
+    """One block: of its matrices, the processes share some unevenly, and of others one process has none. Gradients are
+    sent at each micro-step, or at every second one."""
     monkeypatch.chdir(tmp_path)
-    argv = [f"--dataset={stories}", *RUN, *NEW, *MUON, "--max_iters=15", "--eval_interval=0", "--n_layer=1"]
+    argv = [f"--dataset={stories}", *RUN, *NEW, *MUON, "--max_iters=15", "--n_layer=1"]
+    argv += [f"--gradient_accumulation_steps={micro_steps}", "--eval_interval=5"]
     done = torchrun(2, "train.py", *TINY_ARGS, *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     train_here(*argv, "--out_dir=alone")
