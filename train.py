@@ -103,6 +103,8 @@ from processes import StopSignal
 from progress import Diverged, what_is_done
 from startup import Run, prepare
 
+EVALUATED_AT_ONCE = 1 << 22  # logits, or activations of an MLP, on a CPU
+
 
 @memory_error_told()
 def main(c: Config) -> None:
@@ -295,15 +297,21 @@ def evaluate(r: Run, model: torch.nn.Module, split: Mixture, ctx, batches: int) 
     `batches` of them at most, and no more than read the whole split once."""
     c = r.c
     model.eval()
-    totals = torch.zeros(len(split.tokens), 3, dtype=torch.float64)  # loss, hits, batches
+    totals = torch.zeros(len(split.tokens), 3, dtype=torch.float64)  # loss, hits, windows
+    together = 1
+    if c.device == "cpu" and not c.compile:  # small batches, read for their results alone, are mostly overhead there
+        widest = max(r.model.config.vocab_size, 4 * r.model.config.n_embd)
+        together = max(1, EVALUATED_AT_ONCE // (c.batch_size * c.block_size * widest))
     for tokens, total in zip(split.tokens, totals, strict=True):
         offsets = evaluation_batches(len(tokens.ids), c.block_size, c.batch_size, batches)
-        for starts in offsets[r.processes.rank :: r.processes.world_size]:
+        own = offsets[r.processes.rank :: r.processes.world_size]
+        for first in range(0, len(own), together):
+            starts = own[first : first + together].reshape(-1)
             x, y = tokens.windows(starts, c.block_size, r.model.config.vocab_size)
             x, y = x.to(c.device), y.to(c.device)
-            total += torch.tensor([*loss_and_accuracy(model, x, y, ctx), 1.0])
+            total += torch.tensor([*loss_and_accuracy(model, x, y, ctx), 1.0]) * len(starts)
     model.train()
-    return [(loss / batches, hits / batches) for loss, hits, batches in r.processes.sum(totals).tolist()]
+    return [(loss / windows, hits / windows) for loss, hits, windows in r.processes.sum(totals).tolist()]
 
 
 @torch.no_grad()
