@@ -2,10 +2,10 @@
 RMSNorm, squared ReLU, the convolution of smear, and the loss from hidden states.
 
 Notable choices:
-- On a CPU, PyTorch's attention falls back to whole matrices in memory once it has dropout: half of the time of a step;
-  and where products are rounded to bfloat16, it takes ten times as long as without.
-  Here it is computed in pieces that stay in the cache, forwards, and again backwards, as flash attention is
-  (Dao et al. 2022); kept between the two are the queries, keys, values, the result, and a byte for each probability.
+- On a CPU, PyTorch's attention falls back to whole matrices in memory once it has dropout, and is ten times as slow
+  where products are rounded to bfloat16. Here it is computed in pieces that stay in the cache, forwards, and again
+  backwards, as flash attention is (Dao et al. 2022); kept between the two are queries, keys, values, and with dropout
+  a byte for each probability.
 - A mask on a CPU is random bytes, eight to a draw, so that p is taken to the nearest 1/256; what is kept is scaled by
   the share that is really kept.
 - The loss from hidden states never holds all logits where torch.nn.functional.linear_cross_entropy can do without: not
@@ -13,6 +13,7 @@ Notable choices:
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,8 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor) -> torch.Tensor:
     """x / sqrt(mean(x^2) + 1e-5) over the last dimension (Zhang and Sennrich 2019), without gains."""
-    return _RMSNorm.apply(x) if on_cpu(x) else F.rms_norm(x, x.shape[-1:], eps=EPS)
+    own = on_cpu(x) and x.dtype.itemsize >= 4  # PyTorch adds squares of 16 bits up in 32
+    return _RMSNorm.apply(x) if own else F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:
@@ -163,41 +165,47 @@ class _Attention(torch.autograd.Function):
             y[heads, rows] = probabilities @ v[heads, seen]
         if scale != 1:
             y *= scale
-        ctx.save_for_backward(q, k, v, y, *masks)
+        ctx.save_for_backward(q, k, v, *masks)
         ctx.scale = scale
         return y.view(shape)
 
     @staticmethod
     def backward(ctx, dy):
-        q, k, v, y, *masks = ctx.saved_tensors
+        q, k, v, *masks = ctx.saved_tensors
         shape, dy = dy.shape, dy.reshape(q.shape)
-        dot = (dy * y).sum(-1, keepdim=True)  # of each row's probabilities and their gradients
         dy = dy * ctx.scale if masks else dy
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         for n, (heads, rows, seen) in enumerate(_pieces(*q.shape[:2])):
             probabilities = kept = _probabilities(q[heads, rows], k[heads, seen])
             ds = dy[heads, rows] @ v[heads, seen].mT
             if masks:
                 kept, ds = probabilities * masks[n], ds.mul_(masks[n])
-            dv[heads, seen] += kept.mT @ dy[heads, rows]
-            ds.sub_(dot[heads, rows]).mul_(probabilities)
+            ds = torch._softmax_backward_data(ds, probabilities, -1, ds.dtype)
             dq[heads, rows] = ds @ k[heads, seen]
-            dk[heads, seen] += ds.mT @ q[heads, rows]
+            for grad, part in ((dv, kept.mT @ dy[heads, rows]), (dk, ds.mT @ q[heads, rows])):
+                if rows.stop == q.size(1):  # the first piece of these heads, which is the one that sees all keys
+                    grad[heads] = part
+                else:
+                    grad[heads, seen] += part
         return (*(g.view(shape) for g in (dq.mul_(q.size(-1) ** -0.5), dk, dv)), None)
 
 
 def _pieces(n: int, t: int) -> Iterator[tuple[slice, slice, slice]]:
-    """The heads, the queries and the keys of each piece, of n heads and sequences together and t positions."""
+    """The heads, the queries and the keys of each piece, of n heads and sequences together and t positions; the last
+    queries first."""
     together = max(1, PIECE // (min(t, ROWS) * t))
     for first in range(0, n, together):
-        for row in range(0, t, ROWS):
+        for row in reversed(range(0, t, ROWS)):
             rows = slice(row, min(row + ROWS, t))
             yield slice(first, first + together), rows, slice(rows.stop)
 
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Softmax of scaled queries [n, rows, head_dim] against keys [n, seen, head_dim]; the last ones are together."""
-    scores = q @ k.mT
-    rows = q.size(1)
-    scores[..., -rows:] += torch.full((rows, rows), -torch.inf).triu_(1)
-    return scores.softmax(-1)
+    return torch.baddbmm(_causal(q.size(1), k.size(1)), q, k.mT).softmax(-1)
+
+
+@lru_cache(maxsize=64)
+def _causal(rows: int, seen: int) -> torch.Tensor:
+    """0 where a query may look, -inf where it may not: [rows, seen]."""
+    return torch.full((rows, seen), -torch.inf).triu_(1 + seen - rows)

@@ -238,7 +238,7 @@ def accelerate(r: Run, ctx) -> tuple[torch.nn.Module, torch.nn.Module]:
         device_ids = [r.processes.local_rank] if c.device.startswith("cuda") else None
         every_time = c.gradient_accumulation_steps == r.processes.world_size  # a static graph wants gradients sent
         model = DistributedDataParallel(
-            fast, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=every_time
+            fast, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=every_time
         )
     if use_compile:
         r.reporter.say("compiling the model... (takes a minute the first time; what comes of it is kept)")
