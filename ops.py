@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 PIECE = 1 << 18  # attention probabilities that are worked on at a time: a megabyte
+FEW = 1 << 20  # probabilities that are kept for the way back, rather than computed again: four megabytes a layer
 ROWS = 128  # queries in a piece, at most: later keys than theirs are not even computed
 EPS = 1e-5  # of RMSNorm, as of LayerNorm
 LARGE = 1 << 24  # logits from which on they are not held all at once
@@ -156,30 +157,33 @@ class _Attention(torch.autograd.Function):
         shape, (t, d) = q.shape, q.shape[-2:]
         q, k, v = ((q * d**-0.5).reshape(-1, t, d), *(x.reshape(-1, t, d) for x in (k, v)))
         y, masks, scale = torch.empty_like(q), [], 1.0
+        few = not p and len(q) * t * t <= FEW
+        known = []  # probabilities of each piece, where they are few
         for heads, rows, seen in _pieces(len(q), t):
             probabilities = _probabilities(q[heads, rows], k[heads, seen])
             if p:
                 kept, scale = _kept(probabilities.shape, p)
                 probabilities.mul_(kept)
                 masks.append(kept)
+            known += [probabilities] * few
             y[heads, rows] = probabilities @ v[heads, seen]
         if scale != 1:
             y *= scale
-        ctx.save_for_backward(q, k, v, *masks)
-        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, *masks, *known)
+        ctx.scale, ctx.dropped, ctx.few = scale, p > 0, few
         return y.view(shape)
 
     @staticmethod
     def backward(ctx, dy):
-        q, k, v, *masks = ctx.saved_tensors
+        q, k, v, *pieces = ctx.saved_tensors  # masks with dropout, and else, where they are few, probabilities
         shape, dy = dy.shape, dy.reshape(q.shape)
-        dy = dy * ctx.scale if masks else dy
+        dy = dy * ctx.scale if ctx.dropped else dy
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         for n, (heads, rows, seen) in enumerate(_pieces(*q.shape[:2])):
-            probabilities = kept = _probabilities(q[heads, rows], k[heads, seen])
+            probabilities = kept = pieces[n] if ctx.few else _probabilities(q[heads, rows], k[heads, seen])
             ds = dy[heads, rows] @ v[heads, seen].mT
-            if masks:
-                kept, ds = probabilities * masks[n], ds.mul_(masks[n])
+            if ctx.dropped:
+                kept, ds = probabilities * pieces[n], ds.mul_(pieces[n])
             ds = torch._softmax_backward_data(ds, probabilities, -1, ds.dtype)
             dq[heads, rows] = ds @ k[heads, seen]
             for grad, part in ((dv, kept.mT @ dy[heads, rows]), (dk, ds.mT @ q[heads, rows])):
@@ -202,7 +206,7 @@ def _pieces(n: int, t: int) -> Iterator[tuple[slice, slice, slice]]:
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Softmax of scaled queries [n, rows, head_dim] against keys [n, seen, head_dim]; the last ones are together."""
-    return torch.baddbmm(_causal(q.size(1), k.size(1)), q, k.mT).softmax(-1)
+    return (q @ k.mT).add_(_causal(q.size(1), k.size(1))).softmax(-1)
 
 
 @lru_cache(maxsize=64)
