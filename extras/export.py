@@ -1,8 +1,8 @@
 """A checkpoint as a Hugging Face folder, for transformers, vLLM, lm-evaluation-harness and whatever else reads those.
 
-    $ python extras/export.py --out_dir=out-demo              # writes out-demo/hf/
+    $ python extras/export.py --out_dir=out-chinese              # writes out-chinese/hf/
     $ python extras/export.py --out_dir=out --dest=my-model
-    $ python sample.py --init_from=out-demo/hf                # and the way back
+    $ python sample.py --init_from=out-chinese/hf                # and the way back
 
 Notable choices:
 - Nothing of transformers is needed to write it: config.json, model.safetensors and tokenizer.json are formats.

@@ -1,7 +1,7 @@
 """GPT-2 in NumPy alone: the forward pass and greedy generation, a lesson to be read from top to bottom.
 
     $ python extras/pico.py "Alan Turing theorized that computers would one day become" --max_new_tokens=8
-    $ python extras/pico.py 从前 --model=out-demo/hf
+    $ python extras/pico.py 从前 --model=out-chinese/hf
     $ python extras/pico.py "" --trace
 
 `params` holds the weights by their names in the Hugging Face checkpoint, such as "h.0.attn.c_attn.weight"; matrices

@@ -11,6 +11,7 @@ SHARED = ROOT.parent / "shared"  # texts beside the repository on some machines,
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for others leave them the core
 if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED / "data" / "tiktoken_cache").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED / "data" / "tiktoken_cache")
 

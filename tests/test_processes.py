@@ -126,10 +126,10 @@ def test_two_machines_meet_by_c10d_and_stop_at_the_same_step(two, stories, tmp_p
     other = jobs[1] if master is jobs[0] else jobs[0]
     other.process.send_signal(signal.SIGTERM)
     for job in jobs:
-        assert job.process.wait(60) != 0
+        assert job.process.wait(240) != 0
     assert "saved at iteration" in master.text(), [job.text() for job in jobs]
     jobs = [Job(tmp_path, stories, *launcher, settings=["--init_from=auto"]) for _ in range(2)]
-    assert [job.process.wait(120) for job in jobs] == [0, 0], [job.text() for job in jobs]
+    assert [job.process.wait(300) for job in jobs] == [0, 0], [job.text() for job in jobs]
     ours, wanted = figures(tmp_path / "out"), figures(two)
     assert [i for i, *_ in ours] == [i for i, *_ in wanted]
     # alone on its machine a process has more threads, which round differently

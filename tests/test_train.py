@@ -666,7 +666,7 @@ def test_compiled_killed_and_resumed_is_bit_for_bit_the_straight_compiled_run(st
     assert done.returncode == 0 and "running without it" not in done.stderr, done.stderr
     status, _ = interrupted(tmp_path / "killed", stories, 7, signal.SIGKILL, *one)
     assert status == -signal.SIGKILL
-    done = run_script("train.py", *RESUME[:2], "--compile=True", cwd=tmp_path / "killed")
+    done = run_script("train.py", *RESUME[:2], "--matmul=float32", "--compile=True", cwd=tmp_path / "killed")
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stdout + done.stderr
     assert figures(tmp_path / "killed" / "out") == figures(tmp_path / "straight" / "out")
     assert_same_state(tmp_path / "killed" / "out", tmp_path / "straight" / "out")

@@ -160,7 +160,9 @@ def compare(out: Path, reference: Path) -> None:
     """Broken unless a run ended as the reference did, bit for bit."""
     ours, wanted = newest(out), newest(reference)
     for state in (ours, wanted):
-        del state["progress"]["epoch_seconds"], state["config"]["out_dir"], state["config"]["dataset"]
+        for key in ("epoch_seconds", "training_seconds", "evaluation_seconds"):
+            del state["progress"][key]
+        del state["config"]["out_dir"], state["config"]["dataset"]
     for key in ("iter_num", "sequences_seen", "best_val_loss", "progress", "model", "optimizers"):
         if not same(ours[key], wanted[key]):
             raise Broken(f"{out}: {key} differs from the uninterrupted run's")
