@@ -141,7 +141,8 @@ def alone(c: Config, say: Callable[[str], None]) -> Figures:
     steps = [lambda: [ours.step()]]
     repeat(c, steps, c.num_steps // 2)
     if c.profile:
-        return print_profile(lambda n: repeat(c, steps, n), c, say)
+        print_profile(lambda n: repeat(c, steps, n), c, say)
+        return {}
     (times,) = repeat(c, steps, c.num_steps)
     figures = {"batch_size": c.batch_size, "block_size": c.block_size}
     figures |= figures_of(c, times, first_step, peak_memory(c.device), ours.model)

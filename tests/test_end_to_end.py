@@ -260,6 +260,7 @@ def test_bench_prints_figures_and_json(tmp_path):
     # by hand: embeddings 100 x 16, a layer of two norms and 12 x 16 x 16, a last norm
     assert figures["parameters"] == 1600 + 16 * 16 + 2 * 16 + 12 * 256 + 16
     done = run_script("bench.py", *small, "--profile", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "aten::addmm" in done.stdout or "aten::mm" in done.stdout
     assert json.loads((tmp_path / "bench_log" / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
 
