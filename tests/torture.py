@@ -43,6 +43,7 @@ import checkpoint
 
 ITERATIONS = 240
 SETTINGS = {
+    "matmul": "float32",  # or rounding to bfloat16 would make much of the little in which two and one process differ
     "device": "cpu", "compile": False, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "batch_size": 4,
     "gradient_accumulation_steps": 4, "dropout": 0.1, "learning_rate": 1e-2, "warmup_iters": 5, "eval_iters": 2,
     "eval_interval": 50, "save_interval": 1, "keep_checkpoints": 2, "checkpoint_interval": 60, "peer_timeout": 30,
