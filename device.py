@@ -49,7 +49,7 @@ def choose_device(device: str, local_rank: int | None = None) -> str:
 
 def keep_memory() -> None:
     """Lets the C library keep what is freed. By default glibc gives large pieces back to the system, which maps and
-    clears them anew for the next step: 10 to 25% of the time of training on a CPU."""
+    clears them anew for the next step."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library, such as Alpine's, has no mallopt
             mallopt = ctypes.CDLL("libc.so.6").mallopt
