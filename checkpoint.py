@@ -254,6 +254,20 @@ def pretrained(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None
     return model, tokenizer
 
 
+def open_model(init_from: str, out_dir: str) -> tuple[GPT, Tokenizer, str]:
+    """A model to speak with, its tokenizer, and the layout of its dataset's documents or ''. `init_from` is 'resume'
+    for out_dir's, or what `pretrained` takes."""
+    if init_from == "resume" or is_checkpoint(init_from):
+        path, state = best(out_dir if init_from == "resume" else init_from)
+        return model_of(state, path), tokenizer_of(state, path), template_of(state)
+    model, tokenizer = pretrained(init_from)
+    if tokenizer is None:
+        raise UserError(
+            f"{init_from} holds no tokenizer: expected tokenizer.json, vocab.json and merges.txt, or vocab.txt"
+        )
+    return model, tokenizer, ""
+
+
 def named_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, torch.Tensor]]:
     """The optimizers' state by parameter name, which survives a change of the parameters' order or grouping."""
     known = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}

@@ -9,7 +9,7 @@ Notable choices:
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import inf, isfinite, log
@@ -88,8 +88,22 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if ids:
         return ids
     if tokenizer.end_of_text is None:
-        raise UserError("an empty prompt needs a vocabulary with <|endoftext|>, which this one lacks; give --start")
+        raise UserError(
+            "an empty prompt needs a vocabulary with <|endoftext|>, which this one lacks: give the text a beginning"
+        )
     return [tokenizer.end_of_text]
+
+
+def titled(template: str, title: str) -> str:
+    """What stands before the content in a document of this title."""
+    if not has_title(template):
+        raise UserError(f"title={title}: this model's dataset has no layout with a title; write it into the beginning")
+    return template.partition("{content}")[0].replace("{title}", title)
+
+
+def has_title(template: str) -> bool:
+    """Whether a document of this layout has a title before its content."""
+    return "{title}" in template.partition("{content}")[0]
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -196,22 +210,26 @@ def _overlap(text: str, stop: str) -> int:
 def stream(
     model: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     sampling: Sampling,
     *,
     first: int = 0,
     logprobs: int | None = None,
     compiled: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Piece]:
-    """Continues all prompts at once and yields pieces of their texts as they come, rows in turn; each row ends for
-    itself. A row's pieces are the continuation alone.
+    """Continues all prompts, texts or ids, at once and yields pieces of their texts as they come, rows in turn; each
+    row ends for itself. A row's pieces are the continuation alone.
 
     Row k is sample first + k. `logprobs`: with each token its log-probability and that many alternatives. A prompt
-    longer than the context is read from where its newest block_size tokens begin. UserError for a model that diverged.
+    longer than the context is read from where its newest block_size tokens begin. `stopped` is asked before each token
+    and ends all rows as they are. UserError for a model that diverged.
     """
     s, rows = sampling, range(len(prompts))
-    encoded = {prompt: prompt_ids(tokenizer, prompt) for prompt in dict.fromkeys(prompts)}
-    ids = [encoded[prompt] for prompt in prompts]
+    encoded = {
+        prompt: prompt_ids(tokenizer, prompt) for prompt in dict.fromkeys(p for p in prompts if isinstance(p, str))
+    }
+    ids = [encoded[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     if s.limit == 0 or not ids:
         yield from (Piece(row, "", (), "length") for row in rows)
         return
@@ -246,7 +264,7 @@ def stream(
             if text or writer.finished:
                 yield Piece(row, text, tuple(waiting[row]), writer.finished)
                 waiting[row].clear()
-        if all(writer.finished for writer in writers):
+        if all(writer.finished for writer in writers) or stopped():
             return
         logits = decoder.decode([None if writer.finished else id for id, writer in zip(drawn, writers, strict=True)])
 
@@ -260,6 +278,25 @@ def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, alternatives: int
         Token(id, logprob, tuple(zip(top, their, strict=True)))
         for id, logprob, top, their in zip(chosen[:, 0].tolist(), own, ids.tolist(), values.tolist(), strict=True)
     ]
+
+
+@torch.inference_mode()
+def score(model: GPT, ids: Sequence[int], alternatives: int = 0) -> list[Token]:
+    """How probable the model finds each of `ids` but the first, given those before it; len(ids) - 1 tokens.
+
+    A text longer than the context is read in windows that overlap by half, so that each token past the first window is
+    predicted from at least block_size / 2 of those before it.
+    """
+    block_size, device, tokens = model.config.block_size, model.transformer.wte.weight.device, []
+    for begin in range(0, max(1, len(ids) - 1), max(1, block_size // 2)):
+        window = ids[begin : begin + block_size + 1]
+        new = len(tokens) - begin  # tokens that the window before has told of
+        if len(window) < 2 or new >= len(window) - 1:
+            break
+        idx = torch.tensor([window], device=device)
+        logits = model(idx[:, :-1], idx[:, 1:])[0][0, new:].float()  # [tokens, vocab_size]
+        tokens += _with_logprobs(logits, idx[0, new + 1 :, None], alternatives)
+    return tokens
 
 
 def continuations(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, **how) -> list[str]:

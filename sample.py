@@ -55,7 +55,7 @@ from pathlib import Path
 import checkpoint
 from decoder import Decoder
 from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
-from generate import Piece, Sampling, prompt_ids
+from generate import Piece, Sampling, prompt_ids, titled
 from generate import stream as stream_pieces
 from model import GPT
 from quantize import check_quantize
@@ -88,13 +88,6 @@ def read_prompt(start: str) -> str:
         raise UserError(f"start={name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"start={name} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-
-
-def titled(template: str, title: str) -> str:
-    """What stands before the content in a document of this title."""
-    if "{title}" not in template.partition("{content}")[0]:
-        raise UserError(f"title={title}: this model's dataset has no layout with a title; write it into --start")
-    return template.partition("{content}")[0].replace("{title}", title)
 
 
 class Shown:
@@ -160,23 +153,6 @@ def note_dropped(model: GPT, tokenizer: Tokenizer, prompt: str) -> None:
         )
 
 
-def open_model(c: Config) -> tuple[GPT, Tokenizer, str]:
-    """The model on its device, its tokenizer, and the layout of its dataset's documents or ''."""
-    template = ""
-    if c.init_from == "resume" or checkpoint.is_checkpoint(c.init_from):
-        path, state = checkpoint.best(c.out_dir if c.init_from == "resume" else c.init_from)
-        model, tokenizer = checkpoint.model_of(state, path), checkpoint.tokenizer_of(state, path)
-        template = checkpoint.template_of(state)
-    else:
-        model, tokenizer = checkpoint.pretrained(c.init_from)
-    if tokenizer is None:
-        raise UserError(
-            f"{c.init_from} holds no tokenizer: expected tokenizer.json, vocab.json and merges.txt, or vocab.txt"
-        )
-    model.eval().to(c.device)
-    return quantized(model, c.quantize) if c.quantize else model, tokenizer, template
-
-
 def compiles(c: Config, model: GPT, ctx) -> bool:
     """Whether the one-token pass is compiled: tried once, for this many samples."""
     if not (c.compile and can_compile(c.device)):
@@ -232,7 +208,9 @@ def main(c: Config) -> None:
     c.device = choose_device(c.device)
     check_quantize(c.quantize, c.device)
     c.dtype = "float32" if c.quantize else choose_dtype(c.dtype, c.device)
-    model, tokenizer, template = open_model(c)
+    model, tokenizer, template = checkpoint.open_model(c.init_from, c.out_dir)
+    model.eval().to(c.device)
+    model = quantized(model, c.quantize) if c.quantize else model
     if c.title:
         start = titled(template, c.title) + (read_prompt(c.start) if "start" in c.given else "")
     else:

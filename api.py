@@ -1,0 +1,467 @@
+"""The HTTP API beside the page: OpenAI's /v1/completions and /v1/models, and /health.
+
+Notable choices:
+- Fields, shapes and errors are those of OpenAI's reference for completions, so that its clients work unchanged;
+  `top_k`, `min_p` and `repetition_penalty` are ours besides. What cannot be done (a suffix, a logit bias) is refused.
+- Whoever hangs up, waiting or reading, ends the work at once.
+- An answer tells of the request, never of the machine: what goes wrong inside is told on stderr alone.
+"""
+
+import asyncio
+import codecs
+import hmac
+import json
+import secrets
+import time
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from configurator import UserError, tell
+from device import is_memory_error
+from engine import Engine, Full, Job, Refused
+from generate import Piece, Sampling, Token, prompt_ids, score, stream
+from model import GPT
+from tokenizer import Tokenizer
+
+MAX_BODY = 2**20  # bytes of a request
+Text = Annotated[str, Field(max_length=MAX_BODY)]
+Id = Annotated[int, Field(ge=0, lt=2**32)]
+Some = Field(min_length=1)
+Ids = Annotated[list[Id], Some]
+Prompt = Text | Annotated[list[Text], Some] | Ids | Annotated[list[Ids], Some]
+
+
+class CompletionRequest(BaseModel):
+    """What is asked for; a field that is null has its default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str
+    prompt: Prompt | None = Field(None, description="nothing, or an empty text, begins a new text")
+    max_tokens: int | None = Field(None, ge=0, description="16 where it is not given")
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1)
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="drawn at random where it is not given")
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool | None = None
+    stream: bool | None = None
+    stream_options: dict[str, bool] | None = None
+    top_k: int | None = Field(None, ge=0, lt=2**31, description="beside OpenAI's: the k likeliest tokens, 0 for all")
+    min_p: float | None = Field(None, ge=0, le=1, description="beside OpenAI's")
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="beside OpenAI's")
+    user: str | None = Field(None, description="not used")
+    best_of: int | None = Field(None, ge=1, description="only n")
+    suffix: str | None = Field(None, max_length=0, description="only none")
+    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="only none")
+    presence_penalty: float | None = Field(None, ge=0, le=0, description="only 0")
+    frequency_penalty: float | None = Field(None, ge=0, le=0, description="only 0")
+
+
+class Logprobs(BaseModel):
+    """The tokens of a text, bytes that are no whole character as 'bytes:\\xe4'; `text_offset` is where in the text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class Choice(BaseModel):
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: str | None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: Error
+
+
+class Failure(Exception):
+    """An answer that tells why not."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str):
+        super().__init__(message)
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        self.status, self.headers = status, headers
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> Response:
+        return answer(self.body, self.status, self.headers)
+
+
+def answer(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """JSON in ASCII, for half a surrogate pair out of a request has no UTF-8."""
+    return Response(json.dumps(body), status, headers, "application/json")
+
+
+def failure_of(error: Exception) -> Failure:
+    """What to answer where this was raised."""
+    if isinstance(error, Failure):
+        return error
+    if isinstance(error, UserError):
+        return Failure(400, str(error))
+    if isinstance(error, Refused):
+        wait = {"Retry-After": str(error.retry_after)}
+        if isinstance(error, Full):
+            return Failure(429, str(error), code="queue_full", **wait)
+        return Failure(503, str(error), code="closing", **wait)
+    if is_memory_error(error):
+        return Failure(503, "out of memory: ask for fewer or shorter samples", code="out_of_memory")
+    tell("".join(traceback.format_exception(error)))
+    return Failure(500, "the request failed for a reason inside the server, where it is logged")
+
+
+class BodyLimit:
+    """Refuses a request of more than MAX_BODY bytes, told beforehand or not."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        too_large = Failure(413, f"the request is too large: at most {MAX_BODY:,} bytes")
+        told, read = Headers(scope=scope).get("content-length", "0"), 0
+        if not told.isdecimal() or int(told[:20]) > MAX_BODY:
+            return await too_large.response()(scope, receive, send)
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_BODY:
+                raise HTTPException(too_large.status, str(too_large))
+            return message
+
+        await self.app(scope, limited, send)
+
+
+class HungUp(Exception):
+    """The client is gone."""
+
+
+async def unless_hung_up(receive: Receive, work: Coroutine) -> Any:
+    """What `work` returns; it is cancelled, and HungUp raised, where the client goes away before."""
+
+    async def hang_up() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hang_up())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise HungUp
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events, and the job behind them, which ends with them."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, job: Job, events: AsyncIterator[dict[str, Any]]):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.job, self.events = job, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.job, suppress(HungUp):
+            await unless_hung_up(receive, self.write(send))
+
+    async def write(self, send: Send) -> None:
+        async def event(data: str, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for data in self.events:
+                await event(json.dumps(data))
+        except Exception as error:
+            await event(json.dumps(failure_of(error).body))
+        await event("[DONE]", more=False)
+
+
+@dataclass
+class Speaker:
+    """One choice of an answer: turns pieces into what it goes on with, in OpenAI's shape."""
+
+    index: int
+    tokenizer: Tokenizer
+    logprobs: bool
+    length: int = 0  # characters of its text so far
+    offset: int = 0  # characters in its tokens so far
+    utf8: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def say(self, text: str, tokens: Sequence[Token], finished: str = "") -> dict[str, Any]:
+        self.length += len(text)
+        told = None
+        if self.logprobs:
+            told = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+            for token in tokens:
+                at = self.offset
+                self.offset += len(self.utf8.decode(self.tokenizer.decode_bytes([token.id])))
+                if finished in ("end", "stop") and at >= self.length:  # what ends a text is not part of it
+                    break
+                top = {self.name(id): logprob for id, logprob in token.top}
+                own = {self.name(token.id): token.logprob}
+                told["tokens"].append(self.name(token.id))
+                told["token_logprobs"].append(token.logprob)
+                told["top_logprobs"].append(None if token.logprob is None else top | own)
+                told["text_offset"].append(at)
+        reason = {"": None, "length": "length"}.get(finished, "stop")
+        return {"index": self.index, "text": text, "logprobs": told, "finish_reason": reason}
+
+    def name(self, id: int) -> str:
+        raw = self.tokenizer.decode_bytes([id])
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One choice's parts as one."""
+    told = [part["logprobs"] for part in parts if part["logprobs"]]
+    return parts[-1] | {
+        "text": "".join(part["text"] for part in parts),
+        "logprobs": {key: [x for each in told for x in each[key]] for key in told[0]} if told else None,
+    }
+
+
+class Completions:
+    """A request's answer in the making: its prompts' ids, its work, its choices."""
+
+    def __init__(self, asked: CompletionRequest, model: GPT, tokenizer: Tokenizer, name: str, max_rows: int):
+        """Failure or UserError for what cannot be done. Encodes, which may take a moment."""
+        self.asked, self.model, self.tokenizer = asked, model, tokenizer
+        prompt = "" if asked.prompt is None else asked.prompt
+        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        self.prompts = [self.encoded(each) for each in (prompt if several else [prompt])]
+        self.texts = [
+            each if isinstance(each, str) else tokenizer.decode(each) for each in (prompt if several else [prompt])
+        ]
+        self.n = asked.n or 1
+        if asked.best_of not in (None, self.n):
+            raise Failure(400, f"best_of={asked.best_of}: only n, {self.n}, can be had", "best_of")
+        if len(self.prompts) * self.n > max_rows:
+            raise Failure(400, f"{len(self.prompts)} prompts with n={self.n}: at most {max_rows} texts at once", "n")
+        stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        self.sampling = Sampling(
+            max_new_tokens=16 if asked.max_tokens is None else asked.max_tokens,
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_k=asked.top_k or 0,
+            top_p=1.0 if asked.top_p is None else max(asked.top_p, 1e-9),
+            min_p=asked.min_p or 0.0,
+            repetition_penalty=1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
+            stop=tuple(stop),
+            seed=secrets.randbits(63) if asked.seed is None else asked.seed,
+        )
+        self.speakers = [Speaker(k, tokenizer, asked.logprobs is not None) for k in range(len(self.prompts) * self.n)]
+        self.head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": name,
+        }
+        self.written = 0  # tokens
+
+    def encoded(self, prompt: str | list[int]) -> list[int]:
+        ids = prompt_ids(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+        if len(ids) > (context := self.model.config.block_size):
+            message = f"the prompt has {len(ids):,} tokens, and the model's context holds {context:,}: shorten it"
+            raise Failure(400, message, "prompt", "context_length_exceeded")
+        if max(ids) >= self.tokenizer.vocab_size:
+            raise Failure(
+                400, f"token id {max(ids)} is beyond the vocabulary of {self.tokenizer.vocab_size:,}", "prompt"
+            )
+        return ids
+
+    def work(self, stopped) -> Iterator[list[Token] | Piece]:
+        """For the engine: with echo and logprobs each prompt's tokens, and then pieces."""
+        if self.asked.echo and self.asked.logprobs is not None:
+            for ids in self.prompts:
+                yield [Token(ids[0]), *score(self.model, ids, self.asked.logprobs)]
+        rows = [ids for ids in self.prompts for _ in range(self.n)]
+        yield from stream(
+            self.model, self.tokenizer, rows, self.sampling, logprobs=self.asked.logprobs, stopped=stopped
+        )
+
+    async def parts(self, job: Job) -> AsyncIterator[dict[str, Any]]:
+        """What the choices go on with, as it comes."""
+        scored: list[list[Token]] = []
+        waits = self.asked.echo
+        async for result in job:
+            if isinstance(result, list):
+                scored.append(result)
+                continue
+            if waits:
+                for speaker in self.speakers:
+                    which = speaker.index // self.n
+                    yield speaker.say(self.texts[which], scored[which] if scored and self.texts[which] else [])
+                waits = False
+            self.written += len(result.tokens)
+            yield self.speakers[result.row].say(result.text, result.tokens, result.finished)
+
+    def usage(self) -> dict[str, int]:
+        prompt = sum(map(len, self.prompts))
+        return {"prompt_tokens": prompt, "completion_tokens": self.written, "total_tokens": prompt + self.written}
+
+    async def whole(self, job: Job) -> dict[str, Any]:
+        parts: list[list[dict[str, Any]]] = [[] for _ in self.speakers]
+        async for part in self.parts(job):
+            parts[part["index"]].append(part)
+        return self.head | {"choices": [joined(each) for each in parts], "usage": self.usage()}
+
+    async def events(self, job: Job) -> AsyncIterator[dict[str, Any]]:
+        with_usage = (self.asked.stream_options or {}).get("include_usage", False)
+        more = {"usage": None} if with_usage else {}
+        async for part in self.parts(job):
+            yield self.head | {"choices": [part]} | more
+        if with_usage:
+            yield self.head | {"choices": [], "usage": self.usage()}
+
+
+def create_app(
+    engine: Engine, model: GPT, tokenizer: Tokenizer, name: str, *, max_rows: int, max_tokens: int, api_key: str = ""
+) -> FastAPI:
+    """The API alone. `name` is the model's; at most `max_rows` texts a request, of `max_tokens` tokens each; where
+    there is an `api_key`, /v1 wants it as a bearer token."""
+    quiet = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+    app = FastAPI(title="weiGPT", docs_url=None, redoc_url=None, telemetry=quiet)
+    app.add_middleware(BodyLimit)
+    created = int(time.time())
+    bearer = HTTPBearer(auto_error=False)
+
+    def authorized(key: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if api_key and not (key and hmac.compare_digest(key.credentials.encode(), api_key.encode())):
+            raise Failure(
+                401, "the API key is missing or wrong: expected Authorization: Bearer KEY", code="invalid_api_key"
+            )
+
+    @app.exception_handler(Failure)
+    async def failed(_: Request, error: Failure) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = next((str(part) for part in first["loc"][1:]), None)
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        if first["type"] == "json_invalid":
+            return Failure(400, "the body is no valid JSON").response()
+        if first["type"] == "extra_forbidden":
+            message = "there is no such field"
+        elif param == "prompt":
+            message = (
+                "expected a text, a list of texts, a list of token ids, or a list of such lists, none of them empty"
+            )
+        return Failure(400, f"{param or 'body'}: {message}", param).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        return Failure(error.status_code, str(error.detail), **(error.headers or {})).response()
+
+    responses = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 503)}
+    guarded: dict[str, Any] = {"dependencies": [Depends(authorized)], "responses": responses}
+
+    def about() -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "weigpt"}
+
+    def check_name(asked: str) -> None:
+        if asked != name:
+            raise Failure(404, f"there is no such model here, only {name!r}", "model", "model_not_found")
+
+    @app.get("/health", responses={503: {}})
+    async def health() -> Response:
+        """Whether requests are taken; how many run and wait."""
+        state = {"status": "closing" if engine.closing else "ok", "running": int(engine.running is not None)}
+        return answer(state | {"waiting": len(engine.queue), "open": len(engine.open)}, 503 if engine.closing else 200)
+
+    @app.get("/v1/models", **guarded)
+    async def models() -> Response:
+        return answer({"object": "list", "data": [about()]})
+
+    @app.get("/v1/models/{model}", **guarded)
+    async def retrieve(model: str) -> Response:
+        check_name(model)
+        return answer(about())
+
+    @app.post("/v1/completions", **guarded | {"responses": responses | {200: {"model": Completion}}})
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        check_name(asked.model)
+        if (asked.max_tokens or 0) > max_tokens:
+            raise Failure(400, f"max_tokens={asked.max_tokens}: at most {max_tokens:,} here", "max_tokens")
+        try:
+            made = await asyncio.to_thread(Completions, asked, model, tokenizer, name, max_rows)
+            job = engine.submit(made.work)
+            if asked.stream:
+                return EventStream(job, made.events(job))
+            with job:
+                return answer(await unless_hung_up(request.receive, made.whole(job)))
+        except HungUp:
+            return Response(status_code=499)
+        except Exception as error:
+            raise failure_of(error) from None
+
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
+    async def nothing(path: str) -> Response:
+        allowed = {"completions": "POST", "models": "GET"}.get(path.partition("/")[0])
+        if allowed:
+            raise Failure(405, f"this address takes {allowed} requests alone", **{"Allow": allowed})
+        raise Failure(404, "there is nothing at this address: see /openapi.json for what there is")
+
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """Without FastAPI's own kind of 422, which is a 400 here."""
+        document = described()
+        for methods in document["paths"].values():
+            for method in methods.values():
+                method["responses"].pop("422", None)
+        return document
+
+    app.openapi = openapi
+    return app

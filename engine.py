@@ -1,0 +1,164 @@
+"""Decoding for many who ask at once: one piece of work at a time, the others wait in a queue of bounded length.
+
+Notable choices:
+- One thread computes, and the event loop never does: a page and an API stay alive while a model writes.
+- A job is open from `submit` to the end of its `with` block, whose end stops it, whatever the reason: who hangs up
+  leaves nothing behind. A job that waits leaves the queue at once, one that runs ends before its next token.
+"""
+
+import asyncio
+import math
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+DONE = object()  # after the last result
+Work = Callable[[Callable[[], bool]], Iterator[Any]]  # takes a function that says whether to stop, yields results
+
+
+class Refused(Exception):
+    """No work is taken now. `retry_after`: seconds after which it may be."""
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Full(Refused):
+    """As many wait as may."""
+
+
+class Closing(Refused):
+    """The engine finishes what it has and takes no more."""
+
+
+class Job:
+    """Work that was taken: `async for` gives its results as they come, and raises what the work raised."""
+
+    def __init__(self, engine: "Engine", work: Work):
+        self.engine, self.work = engine, work
+        self.results: asyncio.Queue = asyncio.Queue()
+        self.stopped = threading.Event()
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the work, if it is not done. May be called again."""
+        self.stopped.set()
+        self.engine.forget(self)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while (result := await self._next()) is not DONE:
+            yield result
+
+    async def batches(self, seconds: float) -> AsyncIterator[list[Any]]:
+        """The results of each so many seconds, as they pass; of some there may be none."""
+        done = False
+        while not done:
+            batch: list[Any] = []
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    while (result := await self._next()) is not DONE:
+                        batch.append(result)
+                    done = True
+            yield batch
+
+    async def _next(self) -> Any:
+        result = await self.results.get()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+class Engine:
+    """The thread that computes, in `context` (a model's autocast), and the queue before it. Call it from one event
+    loop only."""
+
+    def __init__(self, context: AbstractContextManager, max_waiting: int):
+        """`max_waiting`: jobs that may wait for the one that runs."""
+        self.context, self.max_waiting = context, max_waiting
+        self.queue: deque[Job] = deque()
+        self.open: set[Job] = set()  # submitted, and not yet left by whoever reads the results
+        self.running: Job | None = None
+        self.seconds = 1.0  # what a job takes, a mean over the newest
+        self.closing = self.ended = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self.thread.start()
+
+    def submit(self, work: Work) -> Job:
+        """Takes work into the queue. Full or Closing where it is not taken."""
+        self.loop = asyncio.get_running_loop()
+        with self.changed:
+            if self.closing:
+                raise Closing("the server is shutting down and takes no new requests", 5)
+            if len(self.queue) - (self.running is None) >= self.max_waiting:
+                wait = math.ceil(self.seconds * (len(self.queue) + 1))
+                raise Full(f"{len(self.queue)} requests are waiting already; try again in {wait} s", wait)
+            job = Job(self, work)
+            self.open.add(job)
+            self.queue.append(job)
+            self.changed.notify()
+        return job
+
+    def ahead(self, job: Job) -> int:
+        """How many jobs come before this one, the running one included; 0 once it runs."""
+        with self.changed:
+            return self.queue.index(job) + (self.running is not None) if job in self.queue else 0
+
+    def forget(self, job: Job) -> None:
+        """Takes a job out of the queue, and from those that are open."""
+        with self.changed:
+            self.open.discard(job)
+            with suppress(ValueError):
+                self.queue.remove(job)
+
+    def close(self) -> None:
+        """Takes no more work; what was taken goes on."""
+        self.closing = True
+
+    def end(self, timeout: float = 10.0) -> None:
+        """Stops all work, waits that many seconds at most for the thread to end."""
+        with self.changed:
+            self.closing = self.ended = True
+            for job in (*self.open, *([self.running] if self.running else [])):
+                job.stopped.set()
+            self.queue.clear()
+            self.changed.notify()
+        self.thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                self.running = None
+                self.changed.wait_for(lambda: self.queue or self.ended)
+                if self.ended:
+                    return
+                job = self.running = self.queue.popleft()
+            self._compute(job)
+            del job  # or what it holds would stay until the next one comes
+
+    def _compute(self, job: Job) -> None:
+        loop = self.loop
+
+        def hand_over(result: Any) -> None:
+            with suppress(RuntimeError):  # the event loop has ended, and nobody waits any more
+                loop.call_soon_threadsafe(job.results.put_nowait, result)
+
+        begun = loop.time()
+        try:
+            with self.context:
+                for result in job.work(job.stopped.is_set):
+                    hand_over(result)
+                    if job.stopped.is_set():
+                        break
+            hand_over(DONE)
+        except Exception as error:  # one request's, whose reader raises it; the next has nothing to do with it
+            hand_over(error)
+        self.seconds += (loop.time() - begun - self.seconds) / 8

@@ -1,0 +1,143 @@
+"""Serves a trained model: a page to write in, in Chinese and English, and OpenAI's API for completions beside it.
+
+    $ python serve.py --out_dir=out-demo
+    $ python serve.py --init_from=gpt2-xl --quantize=int8
+    $ python serve.py --out_dir=out-demo --host=0.0.0.0 --api_key=SECRET
+
+Then http://127.0.0.1:8000 is the page. It needs no network: nothing comes from elsewhere, and nobody is told anything.
+The API is at http://127.0.0.1:8000/v1, for `openai.OpenAI(base_url=..., api_key=...)` and the like. Ctrl-C ends it.
+"""
+
+from configurator import Config, UserError, configure, note, run
+
+init_from = "resume"  # 'resume' for out_dir, 'gpt2*', or a path: an out_dir, a .pt file, a Hugging Face folder
+out_dir = "out"  # ckpt.pt is taken from here, where init_from is 'resume'; the page shows this run's curves
+name = ""  # the model's, in the API and on the page; by default that of its folder
+# Where it is served
+host = "127.0.0.1"  # this machine alone; 0.0.0.0 for all who can reach it
+port = 8000  # 0 for any that is free
+api_key = ""  # what clients must send as a bearer token, and people type to see the page
+# How much at once
+max_waiting = 16  # requests that wait while one is answered; more are refused
+max_samples = 16  # texts that a request may ask for
+max_tokens = 2048  # tokens in each
+grace = 30.0  # seconds in which what was accepted may still be finished, after SIGTERM or Ctrl-C
+# How it is computed
+quantize = ""  # 'int8' (CPUs) or 'bf16': a quarter or half of the bytes to read for a token; for large models
+device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16'; float32 where quantize is set
+config = configure(globals())
+
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+from pathlib import Path
+
+import checkpoint
+from device import autocast, choose_device, choose_dtype, memory_error_told
+from engine import Engine
+from quantize import check_quantize
+from quantize import quantize as quantized
+
+
+def check(c: Config) -> None:
+    for key, least in (("max_waiting", 0), ("max_samples", 1), ("max_tokens", 1), ("grace", 0)):
+        if getattr(c, key) < least:
+            raise UserError(f"{key}={getattr(c, key)}: expected at least {least}")
+    if not 0 <= c.port < 65536:
+        raise UserError(f"port={c.port}: expected 0 (any that is free) to 65535")
+    if not (c.api_key.isascii() and c.api_key.isprintable() and " " not in c.api_key):
+        raise UserError("api_key: expected letters, digits and signs of ASCII, without spaces")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that clients can already connect to. UserError where the address cannot be had."""
+    try:
+        family, *_, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        return socket.create_server(address, family=family, backlog=1024)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"host={host}, port={port}: {reason}; choose another --port or --host") from None
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether only this machine can reach what listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def named(c: Config) -> str:
+    """The model's name: the one given, else that of the folder it comes from."""
+    source = Path(c.out_dir if c.init_from == "resume" else c.init_from)
+    source = source.parent if source.suffix == ".pt" else source
+    return c.name or source.resolve().name or "model"
+
+
+async def serve(server, engine: Engine, listener: socket.socket, grace: float) -> int:
+    """Answers until a signal comes, then finishes what was accepted; the signal's number. `server` is uvicorn's."""
+    signals: list[int] = []
+
+    def leave(number: int, _: object) -> None:
+        signals.append(number)
+        engine.close()
+        server.should_exit = server.force_exit = len(signals) > 1
+
+    async def finish() -> None:
+        while not engine.closing:
+            await asyncio.sleep(0.05)
+        if engine.open:
+            note(f"finishing {len(engine.open)} requests, in {grace:g} s at most; a second Ctrl-C ends at once")
+        until = asyncio.get_running_loop().time() + grace
+        while engine.open and asyncio.get_running_loop().time() < until and not server.should_exit:
+            await asyncio.sleep(0.05)
+        server.should_exit = True
+
+    server.handle_exit = leave
+    await asyncio.gather(server.serve(sockets=[listener]), finish())
+    return signals[0]
+
+
+@memory_error_told("take a smaller model, or --quantize=bf16")
+def main(c: Config) -> None:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which is read when gradio is imported
+    try:
+        import uvicorn
+
+        from api import create_app
+        from page import mount_page
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing: pip install -r requirements-web.txt") from error
+    check(c)
+    listener = listen(c.host, c.port)
+    c.device = choose_device(c.device)
+    check_quantize(c.quantize, c.device)
+    c.dtype = "float32" if c.quantize else choose_dtype(c.dtype, c.device)
+    model, tokenizer, template = checkpoint.open_model(c.init_from, c.out_dir)
+    model.eval().to(c.device)
+    model = quantized(model, c.quantize) if c.quantize else model
+
+    if not (is_this_machine(c.host) or c.api_key):
+        note(f"warning: host={c.host}: whoever can reach this machine can use the model; --api_key=KEY asks for a key")
+    engine = Engine(autocast(c.device, c.dtype), c.max_waiting)
+    limits = {"max_rows": c.max_samples, "max_tokens": c.max_tokens, "api_key": c.api_key}
+    app = create_app(engine, model, tokenizer, named(c), **limits)
+    folder = Path(c.out_dir if c.init_from == "resume" else c.init_from)
+    app = mount_page(app, engine, model, tokenizer, template, named(c), folder, **limits)
+    # once the work is done, what is still open are pages that listen for news
+    how = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    where, port = listener.getsockname()[:2]
+    note(f"a page to write in: http://{f'[{where}]' if ':' in where else where}:{port} (Ctrl-C ends it)")
+    number = asyncio.run(serve(uvicorn.Server(how), engine, listener, c.grace))
+    engine.end()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run(main, config)
