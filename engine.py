@@ -9,6 +9,7 @@ Notable choices:
 import asyncio
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, suppress
@@ -48,10 +49,16 @@ class Job:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Stops the work, if it is not done. May be called again."""
+    def stop(self) -> None:
+        """Ends the work; what it has given so far can still be read."""
         self.stopped.set()
-        self.engine.forget(self)
+        if self.engine.leave_queue(self):
+            self.results.put_nowait(DONE)
+
+    def close(self) -> None:
+        """Ends the work, if it has not ended, for a reader who has left."""
+        self.stop()
+        self.engine.open.discard(self)
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         while (result := await self._next()) is not DONE:
@@ -62,11 +69,14 @@ class Job:
         done = False
         while not done:
             batch: list[Any] = []
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
+            try:
+                async with asyncio.timeout(seconds) as passing:
                     while (result := await self._next()) is not DONE:
                         batch.append(result)
                     done = True
+            except TimeoutError:
+                if not passing.expired():  # the work's own
+                    raise
             yield batch
 
     async def _next(self) -> Any:
@@ -112,16 +122,26 @@ class Engine:
         with self.changed:
             return self.queue.index(job) + (self.running is not None) if job in self.queue else 0
 
-    def forget(self, job: Job) -> None:
-        """Takes a job out of the queue, and from those that are open."""
+    def leave_queue(self, job: Job) -> bool:
+        """Whether it was waiting, which it no longer is."""
         with self.changed:
-            self.open.discard(job)
-            with suppress(ValueError):
+            waiting = job in self.queue
+            if waiting:
                 self.queue.remove(job)
+        return waiting
 
     def close(self) -> None:
         """Takes no more work; what was taken goes on."""
         self.closing = True
+
+    def abandon(self) -> None:
+        """Takes no more work and ends what was taken, running or waiting: its readers get Closing."""
+        self.close()
+        with self.changed:
+            self.queue.clear()
+            for job in self.open:
+                job.stopped.set()
+                job.results.put_nowait(Closing("the server has shut down before the answer was finished", 5))
 
     def end(self, timeout: float = 10.0) -> None:
         """Stops all work, waits that many seconds at most for the thread to end."""
@@ -136,29 +156,33 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self.changed:
-                self.running = None
                 self.changed.wait_for(lambda: self.queue or self.ended)
                 if self.ended:
                     return
                 job = self.running = self.queue.popleft()
-            self._compute(job)
-            del job  # or what it holds would stay until the next one comes
+            last = self._compute(job)
+            with self.changed:
+                self.running = None  # before its reader can ask for more
+            self._hand_over(job, last)
+            del job, last  # or what they hold would stay until the next one comes
 
-    def _compute(self, job: Job) -> None:
-        loop = self.loop
-
-        def hand_over(result: Any) -> None:
-            with suppress(RuntimeError):  # the event loop has ended, and nobody waits any more
-                loop.call_soon_threadsafe(job.results.put_nowait, result)
-
-        begun = loop.time()
+    def _compute(self, job: Job) -> Any:
+        """Runs a job; what is to be its last result, DONE or what it raised."""
+        begun = time.monotonic()
         try:
             with self.context:
                 for result in job.work(job.stopped.is_set):
-                    hand_over(result)
+                    self._hand_over(job, result)
                     if job.stopped.is_set():
                         break
-            hand_over(DONE)
+            return DONE
         except Exception as error:  # one request's, whose reader raises it; the next has nothing to do with it
-            hand_over(error)
-        self.seconds += (loop.time() - begun - self.seconds) / 8
+            return error
+        except BaseException as error:  # such as a panic in a tokenizer's Rust, which must not end the thread
+            return RuntimeError(f"{type(error).__name__}: {error}")
+        finally:
+            self.seconds += (time.monotonic() - begun - self.seconds) / 8
+
+    def _hand_over(self, job: Job, result: Any) -> None:
+        with suppress(RuntimeError):  # the event loop has ended, and nobody waits any more
+            self.loop.call_soon_threadsafe(job.results.put_nowait, result)

@@ -1,2 +1,437 @@
-def mount_page(app, *a, **k):
-    return app
+"""The page that serve.py shows: writing, the probabilities behind a text, and the run that made the model.
+
+Notable choices:
+- Everything comes from this server: the system's fonts, Gradio's own scripts, no analytics.
+- A story's box holds the whole text, its beginning included, and may be edited: the model goes on from what is there.
+- A page has one piece of work at a time. It ends by the stop button, by the next one, and when the page is closed.
+"""
+
+import asyncio
+import hmac
+import math
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+from fastapi import FastAPI
+
+from configurator import UserError, tell
+from engine import Engine, Full, Job, Refused, Work
+from generate import Sampling, Token, has_title, prompt_ids, score, stream, titled
+from history import History, thinned
+from model import GPT
+from tokenizer import Tokenizer
+from words import STORIES, words
+
+SCORED, ALTERNATIVES = 1000, 8  # tokens whose probabilities are shown at once, and the likeliest in each one's place
+EVERY = 0.1  # seconds between two looks at a text that grows
+DRAWN = 50  # of the run's samples, the newest
+LOOK = 2.0  # seconds between two looks at the run's log
+SHADES = (0.5, 0.2, 0.05, 0.01)  # a token that is at least this probable has the class p0, p1, ...; else p4
+FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
+HERE = Path(__file__).resolve().parent
+KEY = "words."  # before a word's key, for Gradio takes a value that is a key for the word, a story's text, too
+AXES = ("step", "tokens", "seconds")
+COLORS = {"train": "#2563eb", "val": "#ea580c", "lr": "#2563eb", "speed": "#2563eb"}
+
+
+def mount_page(
+    app: FastAPI,
+    engine: Engine,
+    model: GPT,
+    tokenizer: Tokenizer,
+    template: str,
+    name: str,
+    folder: Path,
+    *,
+    max_rows: int,
+    max_tokens: int,
+    api_key: str = "",
+) -> FastAPI:
+    """The app with the page at its root. `folder` is the run whose log.jsonl is shown; limits as for the API; where
+    there is an `api_key`, the page asks for it as a password."""
+    page = Page(engine, model, tokenizer, template, name, folder, max_rows, max_tokens)
+
+    def knows_the_key(_: str, password: str) -> bool:
+        return hmac.compare_digest(password.encode(), api_key.encode())
+
+    return gr.mount_gradio_app(
+        app, page.blocks, "/", auth=knows_the_key if api_key else None, i18n=page.i18n, css_paths=HERE / "page.css",
+        theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"]),
+        footer_links=[], run_history=False, show_error=False, ssr_mode=False, mcp_server=False, pwa=False,
+        enable_monitoring=False, max_file_size=0,
+    )  # fmt: skip
+
+
+class Page:
+    """The page's parts and what they do."""
+
+    def __init__(
+        self, engine: Engine, model: GPT, tokenizer: Tokenizer, template: str, name: str, folder: Path, max_rows: int,
+        max_tokens: int,
+    ):  # fmt: skip
+        self.engine, self.model, self.tokenizer, self.template = engine, model, tokenizer, template
+        self.context = model.config.block_size
+        self.name, self.samples, self.max_tokens = name, min(STORIES, max_rows), max_tokens
+        self.history, self.reading, self.version = History(folder), threading.Lock(), 0
+        self.jobs: dict[str, Job] = {}  # of each page that is open
+        keyed = {lang: {KEY + key: text for key, text in words(lang).items()} for lang in ("zh", "en")}
+        self.i18n = gr.I18n(**keyed)
+        self.worded: list[tuple[Any, dict[str, str]]] = []  # components, and which words which of their properties are
+        self.blocks = self.build()
+
+    # ---- the parts
+
+    def add(self, kind: type, *args: Any, worded: dict[str, str | tuple[str, ...]], **how: Any) -> Any:
+        """A component some of whose properties are words, in the browser's language until it is switched."""
+        component = kind(*args, **how, **self.properties(worded, {key: self.i18n(KEY + key) for key in words("zh")}))
+        self.worded.append((component, worded))
+        return component
+
+    def properties(self, worded: dict[str, str | tuple[str, ...]], said_in: dict[str, Any]) -> dict[str, Any]:
+        """What a component's properties are in a language; several words are choices."""
+        return {
+            key: said_in[word] if isinstance(word, str) else [(said_in[each], each) for each in word]
+            for key, word in worded.items()
+        }
+
+    def build(self) -> gr.Blocks:
+        quiet = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+        with gr.Blocks(title=f"微GPT · {self.name}", analytics_enabled=False) as blocks:
+            lang = gr.BrowserState("", storage_key="weigpt-language", secret="none")
+            with gr.Row(elem_id="head"):
+                gr.HTML(f"<h1>微GPT · {escape(self.name)}</h1>")
+                switch = self.add(gr.Button, size="sm", elem_id="switch", worded={"value": "switch"})
+            with self.add(gr.Tab, worded={"label": "write_tab"}) as write_tab:
+                self.build_writing(lang, quiet)
+            with self.add(gr.Tab, worded={"label": "tokens_tab"}) as tokens_tab:
+                self.build_tokens(lang, quiet)
+            with self.add(gr.Tab, worded={"label": "run_tab"}) as run_tab:
+                timer, look = self.build_run(lang, quiet)
+            run_tab.select(lambda: gr.Timer(active=True), None, timer, **quiet)
+            run_tab.select(**look)
+            for tab in (write_tab, tokens_tab):
+                tab.select(lambda: gr.Timer(active=False), None, timer, **quiet)
+            parts = [component for component, _ in self.worded]
+            begun = blocks.load(self.begin, lang, [lang, *parts], **quiet)
+            switched = switch.click(self.switch, lang, [lang, *parts], **quiet)
+            for event in (begun, switched):
+                event.then(None, lang, None, js="(lang) => { document.documentElement.lang = lang }")
+            switched.then(**look)
+            blocks.unload(self.halt)
+        return blocks
+
+    def build_writing(self, lang: Any, quiet: dict[str, Any]) -> None:
+        most = min(1000, self.max_tokens)
+        with gr.Row():
+            with gr.Column(scale=2, elem_id="left"):
+                with gr.Column(elem_id="asked"):
+                    title = self.add(
+                        gr.Textbox, elem_id="title", max_length=200, visible=has_title(self.template),
+                        worded={"label": "title", "placeholder": "title_hint"},
+                    )  # fmt: skip
+                    opening = self.add(
+                        gr.Textbox, elem_id="opening", lines=3, max_lines=10,
+                        worded={"label": "opening", "placeholder": "opening_hint"},
+                    )  # fmt: skip
+                    with gr.Row():
+                        write = self.add(gr.Button, variant="primary", elem_id="write", worded={"value": "write"})
+                        stop = self.add(gr.Button, variant="stop", elem_id="stop", worded={"value": "stop"})
+                with gr.Column(elem_id="settings"):
+
+                    def slider(word: str, low: float, high: float, value: float, step: float, **how: Any) -> gr.Slider:
+                        return self.add(
+                            gr.Slider, low, high, value, step=step, elem_id=word, worded={"label": word}, **how
+                        )
+
+                    settings = [
+                        slider("length", 1, most, min(32, most), 1),
+                        slider("top_k", 0, 200, 3, 1),
+                        slider("top_p", 0.01, 1, 0.95, 0.01),
+                        slider("temperature", 0, 2, 1, 0.05),
+                        slider("penalty", 1, 2, 1, 0.05),
+                        self.add(
+                            gr.Number,
+                            -1,
+                            precision=0,
+                            minimum=-1,
+                            maximum=2**53,
+                            elem_id="seed",
+                            worded={"label": "seed"},
+                        ),
+                    ]
+                    samples = slider("samples", 1, self.samples, 1, 1, visible=self.samples > 1)
+            with gr.Column(scale=3, elem_id="answer"):
+                status = gr.HTML(said(""), elem_id="status")
+                groups, stories, buttons = [], [], []
+                for k in range(1, self.samples + 1):
+                    with gr.Group(visible=k == 1) as group:
+                        story = self.add(
+                            gr.Textbox, lines=9, max_lines=24, buttons=["copy"], elem_id=f"story-{k}",
+                            worded={"label": f"story_{k}", "placeholder": "story_hint"},
+                        )  # fmt: skip
+                        button = self.add(gr.Button, size="sm", elem_id=f"go-on-{k}", worded={"value": "go_on"})
+                    groups.append(group), stories.append(story), buttons.append(button)
+        asked = [lang, title, opening, samples, *settings]
+        for event in (write.click, title.submit):
+            event(self.write, asked, [status, *groups, *stories], **quiet)
+        for story, button in zip(stories, buttons, strict=True):
+            button.click(self.go_on, [lang, story, *settings], [status, story], **quiet)
+        stop.click(self.halt, **quiet)
+        self.first_story = stories[0]
+
+    def build_tokens(self, lang: Any, quiet: dict[str, Any]) -> None:
+        text = self.add(gr.Textbox, lines=4, max_lines=12, elem_id="text", worded={"label": "text"})
+        with gr.Row():
+            take = self.add(gr.Button, elem_id="take", worded={"value": "take"})
+            show = self.add(gr.Button, variant="primary", elem_id="show", worded={"value": "show"})
+        shown = gr.HTML(elem_id="tokens", container=True, padding=True)
+        taken = take.click(lambda story: story, self.first_story, text, **quiet)
+        taken.then(self.show, [lang, text], shown, **quiet)
+        show.click(self.show, [lang, text], shown, **quiet)
+
+    def build_run(self, lang: Any, quiet: dict[str, Any]) -> tuple[gr.Timer, dict[str, Any]]:
+        seen = gr.State(-1)
+        summary = gr.HTML(elem_id="summary")
+        against = self.add(gr.Radio, value=AXES[0], elem_id="against", worded={"label": "against", "choices": AXES})
+        how = {"x": "x", "y": "y", "color": "curve", "tooltip": "all", "x_axis_format": "~s", "min_width": 280}
+        how["color_map"] = {words(each)[word]: color for each in ("zh", "en") for word, color in COLORS.items()}
+        plots = [gr.LinePlot(**how, height=360, elem_id="loss")]
+        with gr.Row():
+            plots += [gr.LinePlot(**how, height=240, elem_id=key) for key in ("lr", "speed")]
+        samples = gr.HTML(elem_id="drawn")
+        timer = gr.Timer(LOOK, active=False)
+        outputs = [seen, summary, *plots, samples]
+        timer.tick(self.look, [lang, against, seen], outputs, **quiet)
+        look = quiet | {"fn": self.look_anew, "inputs": [lang, against], "outputs": outputs}
+        against.change(**look)
+
+        def zoom(event: gr.SelectData) -> list[gr.LinePlot]:
+            return [gr.LinePlot(x_lim=list(event.index)) for _ in plots]
+
+        for plot in plots:
+            plot.select(zoom, None, plots, **quiet)
+            plot.double_click(lambda: [gr.LinePlot(x_lim=None) for _ in plots], None, plots, **quiet)
+        return timer, look
+
+    # ---- the languages
+
+    def begin(self, stored: str, request: gr.Request) -> list[Any]:
+        """A page opens: in the language that was switched to before, else the browser's, which its parts have."""
+        browsers = "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
+        return self.say_in(stored or browsers)
+
+    def switch(self, lang: str) -> list[Any]:
+        return self.say_in("en" if lang == "zh" else "zh")
+
+    def say_in(self, lang: str) -> list[Any]:
+        """For the language, and for each part that says something."""
+        said_in = words(lang)
+        updates = [gr.update(**self.properties(worded, said_in)) for _, worded in self.worded]
+        return [lang, *updates]
+
+    # ---- the work
+
+    @contextmanager
+    def job(self, work: Work, request: gr.Request) -> Iterator[Job]:
+        """The work of this page, in place of what it did before."""
+        self.stop(request)
+        with self.engine.submit(work) as job:
+            self.jobs[request.session_hash] = job
+            try:
+                yield job
+            finally:
+                if self.jobs.get(request.session_hash) is job:
+                    del self.jobs[request.session_hash]
+
+    async def halt(self, request: gr.Request) -> None:
+        """Ends the page's work: no token more."""
+        self.stop(request)
+
+    def stop(self, request: gr.Request) -> None:
+        if job := self.jobs.get(request.session_hash):
+            job.stop()
+
+    async def write(
+        self, request: gr.Request, lang: str, title: str, opening: str, samples: int, *settings: float | None
+    ) -> AsyncIterator[list[Any]]:
+        """Several texts with the same beginning."""
+        n = min(max(int(samples), 1), self.samples)
+        start = (titled(self.template, title) if title else "") + opening
+        shown = [gr.Group(visible=k < n) for k in range(self.samples)]
+        async for status, texts in self.written(lang, [start] * n, 0, settings, request):
+            yield [status, *shown, *texts, *[gr.skip()] * (self.samples - n)]
+            shown = [gr.skip()] * self.samples
+
+    async def go_on(
+        self, request: gr.Request, lang: str, text: str, *settings: float | None
+    ) -> AsyncIterator[list[Any]]:
+        """A text that is there, and more of it."""
+        # another sample number than the beginning's, or the same draws would come again
+        async for status, texts in self.written(lang, [text], 1 + len(text), settings, request):
+            yield [status, *texts]
+
+    async def written(
+        self, lang: str, prompts: list[str], first: int, settings: Sequence[float | None], request: gr.Request
+    ) -> AsyncIterator[tuple[str, list[Any]]]:
+        """What to show while texts grow: the status, and each text where it has changed. Row k is sample first + k."""
+        said_in, texts, begun, tokens = words(lang), list(prompts), time.perf_counter(), 0
+        unchanged = [gr.skip()] * len(prompts)
+        length, top_k, top_p, temperature, penalty, seed = settings
+        try:
+            sampling = Sampling(
+                max_new_tokens=min(int(length), self.max_tokens), top_k=int(top_k), top_p=top_p,
+                temperature=temperature, repetition_penalty=penalty,
+                seed=secrets.randbelow(10**6) if seed is None or seed < 0 else int(seed),
+            )  # fmt: skip
+            begin_with = "\n" if self.tokenizer.end_of_text is None else ""  # what begins a text from nothing
+            ids = await asyncio.to_thread(prompt_ids, self.tokenizer, prompts[0] or begin_with)
+            unseen = said_in["unseen"].format(context=self.context) if len(ids) > self.context else ""
+
+            def figures() -> str:
+                seconds = time.perf_counter() - begun
+                return said_in["figures"].format(seconds=seconds, tokens=tokens, seed=sampling.seed) + unseen
+
+            def work(stopped) -> Iterator:
+                return stream(self.model, self.tokenizer, [ids] * len(prompts), sampling, first=first, stopped=stopped)
+
+            with self.job(work, request) as job:
+                yield said(said_in["running"] + figures()), list(texts)
+                async for batch in job.batches(EVERY):
+                    grown = {piece.row for piece in batch}
+                    for piece in batch:
+                        texts[piece.row] += piece.text
+                        tokens += len(piece.tokens)
+                    now = said_in["running"] + figures()
+                    if ahead := self.engine.ahead(job):
+                        now = said_in["waiting"].format(ahead=ahead, seconds=time.perf_counter() - begun)
+                    yield said(now), [texts[k] if k in grown else gr.skip() for k in range(len(texts))]
+                ended = said_in["stopped" if job.stopped.is_set() else "done"]
+            yield said(ended + figures(), ended=True), list(texts)
+        except Exception as error:
+            yield said(reason(error, said_in), ended=True), unchanged
+
+    async def show(self, request: gr.Request, lang: str, text: str) -> str:
+        """HTML of a text's tokens in the colours of their probabilities."""
+        said_in, end = words(lang), self.tokenizer.end_of_text
+        try:
+            ids = (await asyncio.to_thread(self.tokenizer.encode_prompt, text)).tolist()
+            if not ids:
+                return ""
+            # what begins a text is what ended the one before
+            shown, before = ids[-SCORED:], ids[-SCORED - self.context : -SCORED] or ([] if end is None else [end])
+
+            def work(_) -> Iterator[list[Token]]:
+                yield score(self.model, before + shown, ALTERNATIVES)
+
+            with self.job(work, request) as job:
+                [tokens] = [result async for result in job]
+        except Exception as error:
+            return said(reason(error, said_in), ended=True)
+        tokens = tokens[-len(shown) :] if before else [Token(shown[0]), *tokens]
+        cut = said_in["cut"].format(shown=SCORED) if len(ids) > SCORED else ""
+        return coloured(tokens, self.tokenizer, said_in, cut)
+
+    # ---- the run
+
+    async def look_anew(self, lang: str, against: str) -> list[Any]:
+        return await self.look(lang, against, -1)
+
+    async def look(self, lang: str, against: str, seen: int) -> list[Any]:
+        """The run's curves and samples, if there is anything that this page has not seen."""
+
+        def refresh() -> int:
+            with self.reading:  # the log is one, the pages are many
+                try:
+                    self.version += self.history.refresh()
+                except OSError as error:
+                    tell(f"warning: {self.history.path}: {error.strerror}")
+                return self.version
+
+        version = await asyncio.to_thread(refresh)
+        if version == seen:
+            return [gr.skip()] * 6
+        said_in, curve = words(lang), self.history.curve
+        x_title = said_in[against]
+        losses = [frame(curve(key, against), said_in[word]) for key, word in (("loss", "train"), ("val_loss", "val"))]
+        plots = [gr.LinePlot(pd.concat(losses), x_title=x_title, y_title=said_in["loss"], color_title=" ")]
+        for key, word in (("lr", "lr"), ("tokens_per_second", "speed")):
+            of_one = frame(curve(key, against), said_in[word])
+            plots.append(gr.LinePlot(of_one, x_title=x_title, y_title=said_in[word], color_title=" "))
+        steps, val = curve("loss")[0], curve("val_loss")[1]
+        about = said_in["no_log"]
+        if len(steps) + len(val):
+            newest = int(max([*steps[-1:], *curve("val_loss")[0][-1:]]))
+            best = f"{val.min():.4f}" if len(val) else "–"
+            about = said_in["newest"].format(step=f"{newest:,}", best=best) + f" · {said_in['zoom_hint']}"
+        drawn = ""
+        for sample in reversed(self.history.samples[-DRAWN:]):
+            at = said_in["drawn_at"].format(iter=f"{sample.iter:,}")
+            drawn += f'<div class="drawn"><b>{at}</b>\n{escape(sample.text)}</div>'
+        samples = f"<h3>{said_in['drawn']}</h3>{drawn}" if drawn else ""
+        return [version, said(about, ended=True), *plots, samples]
+
+
+def frame(curve: tuple[Any, Any], name: str) -> pd.DataFrame:
+    """A curve as LinePlot wants it."""
+    x, y = thinned(*curve)
+    return pd.DataFrame({"x": x, "y": y, "curve": name})
+
+
+def said(text: str, ended: bool = False) -> str:
+    """HTML of a line; a screen reader reads it out where the work has ended, and not while it counts."""
+    return f'<p class="status" role="status" aria-live="{"polite" if ended else "off"}">{escape(text)}</p>'
+
+
+def reason(error: Exception, said_in: dict[str, str]) -> str:
+    """Why there is no text, in words for whoever is at the page."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, Refused):
+        return said_in["full" if isinstance(error, Full) else "closing"].format(wait=error.retry_after)
+    tell("".join(traceback.format_exception(error)))
+    return said_in["failed"]
+
+
+def percent(logprob: float) -> str:
+    p = 100 * math.exp(logprob)
+    return f"{p:.0f}%" if p >= 10 else f"{p:.1f}%" if p >= 0.1 else f"{p:.1g}%"
+
+
+def coloured(tokens: list[Token], tokenizer: Tokenizer, said_in: dict[str, str], note: str) -> str:
+    """HTML of tokens on the colours of their probabilities, each with what the model would rather have written."""
+
+    def piece(id: int) -> str:
+        return tokenizer.pieces([id])[0].replace("\n", "↵").replace("\t", "⇥")
+
+    parts, nats = [], [-token.logprob for token in tokens if token.logprob is not None]
+    for token in tokens:
+        text, shade, about = piece(token.id), "none", said_in["first"]
+        if token.logprob is not None:
+            p = math.exp(token.logprob)
+            shade = f"p{next((k for k, least in enumerate(SHADES) if p >= least), len(SHADES))}"
+            rank = next((k for k, (id, _) in enumerate(token.top, 1) if id == token.id), 0)
+            about = said_in["likelier" if rank else "rare"].format(
+                percent=percent(token.logprob), rank=rank, shown=len(token.top)
+            )
+        rather = "".join(f"<span>{escape(piece(id))} {percent(logprob)}</span>" for id, logprob in token.top)
+        label = escape(f"{text}: {about}", quote=True)
+        parts.append(
+            f'<button type="button" class="token {shade}" aria-label="{label}">{escape(text)}'
+            f'<span class="rather"><b>{label}</b> {rather}</span></button>' + "\n" * text.count("↵")
+        )
+    legend = "".join(
+        f'<span class="token p{k}"> {">" if k < len(SHADES) else "<"} {SHADES[min(k, len(SHADES) - 1)]:.0%} </span> '
+        for k in range(len(SHADES) + 1)
+    )
+    mean = sum(nats) / len(nats) if nats else 0.0
+    about = said_in["surprise"].format(nats=mean, perplexity=math.exp(mean)) if nats else ""
+    return f'<p>{legend} {about}</p><p>{said_in["scored_hint"]} {note}</p><div class="tokens">{"".join(parts)}</div>'
