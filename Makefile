@@ -41,6 +41,6 @@ clean:
 	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements-core.txt
 	touch .venv/core
 
-.venv/dev: requirements-dev.txt requirements.txt .venv/core
+.venv/dev: requirements-dev.txt requirements.txt requirements-web.txt .venv/core
 	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements-dev.txt
 	touch .venv/dev

@@ -151,7 +151,8 @@ def _override(values: dict[str, Any], namespace: dict[str, Any], positionals: Se
             if unused:
                 note(f"note: {word} also sets {', '.join(unused)}, which {script} does not use")
     if config.given:
-        note("overriding: " + ", ".join(f"{k} = {getattr(config, k)!r}" for k in config.given))
+        shown = {k: "..." if k.endswith("api_key") else repr(getattr(config, k)) for k in config.given}
+        note("overriding: " + ", ".join(f"{k} = {value}" for k, value in shown.items()))
     return config
 
 

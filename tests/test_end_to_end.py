@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from conftest import ROOT, TINY_ARGS, run_script
+from serving import Served, serving
 from torch.distributed.run import get_args_parser as torchrun_options
 
 import train
@@ -104,6 +106,15 @@ def test_every_command_of_the_readme(tmp_path):
             small = {"demo": f"ARGS='{SMALL_TRAIN}'", "test": "TEST_ARGS=tests/test_loader.py",
                      "bench": f"ARGS='{SMALL_BENCH}'"}[target]  # fmt: skip
             run = f"make -o .venv/core -o .venv/dev {target} {small}"
+        elif "serve.py" in command:
+            with serving(*shlex.split(command.partition("serve.py ")[2]), cwd=clone, env=env) as served:
+                assert httpx.get(served.url, trust_env=False).status_code == 200
+                key = re.search(r"--api_key=(\w+)", command)
+                if key:
+                    answers_as_the_readme_says(served, key[1], tmp_path)
+                assert served.end() == 0, served.said
+            ran += 1
+            continue
         else:
             run = re.sub(r"^(\.venv/bin/)?python ", python, command)
             run = run.replace("-m pytest", "-m pytest tests/test_loader.py")  # not this test again, without end
@@ -131,6 +142,16 @@ def test_every_command_of_the_readme(tmp_path):
         ran += 1
     assert ran > 15
     assert {"out-demo", "out-chinese", "out-more", "out-shakespeare-char"} <= {p.name for p in clone.iterdir()}
+
+
+def answers_as_the_readme_says(served: Served, key: str, folder: Path) -> None:
+    """Runs the README's Python against a server that is there."""
+    for readme in ("README.md", "README.zh.md"):
+        [program] = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL)
+        assert f'api_key="{key}"' in program and "http://127.0.0.1:8000/v1" in program
+        (folder / "ask.py").write_text(program.replace("http://127.0.0.1:8000", served.url), encoding="utf-8")
+        done = run_script(folder / "ask.py", cwd=folder, env={"NO_PROXY": "127.0.0.1"})
+        assert done.returncode == 0 and done.stdout, done.stderr
 
 
 def test_the_demo_prints_chinese_stories_and_its_model_knows_any_text(tmp_path):
