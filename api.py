@@ -39,7 +39,7 @@ from tokenizer import Tokenizer
 MAX_BODY = 2**20  # bytes of a request
 Text = Annotated[str, Field(max_length=MAX_BODY)]
 Id = Annotated[int, Field(ge=0, lt=2**32)]
-Some = Field(min_length=1)
+Some = Field(min_length=1, fail_fast=True)  # a megabyte may hold hundreds of thousands of mistakes
 Ids = Annotated[list[Id], Some]
 Prompt = Text | Annotated[list[Text], Some] | Ids | Annotated[list[Ids], Some]
 
@@ -241,13 +241,17 @@ class Speaker:
         if self.logprobs:
             told = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
             for token in tokens:
-                at = self.offset
-                self.offset += len(self.utf8.decode(self.tokenizer.decode_bytes([token.id])))
+                raw, name, at = self.tokenizer.decode_bytes([token.id]), self.name(token.id), self.offset
+                self.offset += len(self.utf8.decode(raw))
+                if name.encode() == raw:  # whole; half a character before it that nothing completes is U+FFFD
+                    at = self.offset - len(name)
                 if finished in ("end", "stop") and at >= self.length:  # what ends a text is not part of it
                     break
-                top = {self.name(id): logprob for id, logprob in token.top}
-                own = {self.name(token.id): token.logprob}
-                told["tokens"].append(self.name(token.id))
+                top: dict[str, float | None] = {}
+                for id, logprob in token.top:
+                    top.setdefault(self.name(id), logprob)  # of two that are written alike the likelier
+                own = {name: token.logprob}
+                told["tokens"].append(name)
                 told["token_logprobs"].append(token.logprob)
                 told["top_logprobs"].append(None if token.logprob is None else top | own)
                 told["text_offset"].append(at)
@@ -279,15 +283,14 @@ class Completions:
         self.asked, self.model, self.tokenizer = asked, model, tokenizer
         prompt = "" if asked.prompt is None else asked.prompt
         several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-        self.prompts = [self.encoded(each) for each in (prompt if several else [prompt])]
-        self.texts = [
-            each if isinstance(each, str) else tokenizer.decode(each) for each in (prompt if several else [prompt])
-        ]
+        given = prompt if several else [prompt]
         self.n = asked.n or 1
         if asked.best_of not in (None, self.n):
             raise Failure(400, f"best_of={asked.best_of}: only n, {self.n}, can be had", "best_of")
-        if len(self.prompts) * self.n > max_rows:
-            raise Failure(400, f"{len(self.prompts)} prompts with n={self.n}: at most {max_rows} texts at once", "n")
+        if len(given) * self.n > max_rows:
+            raise Failure(400, f"{len(given)} prompts with n={self.n}: at most {max_rows} texts at once", "n")
+        self.prompts = [self.encoded(each) for each in given]
+        self.texts = [each if isinstance(each, str) else tokenizer.decode(each) for each in given]
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         self.sampling = Sampling(
             max_new_tokens=16 if asked.max_tokens is None else asked.max_tokens,
@@ -341,6 +344,8 @@ class Completions:
                 for speaker in self.speakers:
                     which = speaker.index // self.n
                     yield speaker.say(self.texts[which], scored[which] if scored and self.texts[which] else [])
+                    speaker.utf8.reset()  # what goes on is decoded by itself
+                    speaker.offset = speaker.length
                 waits = False
             self.written += len(result.tokens)
             yield self.speakers[result.row].say(result.text, result.tokens, result.finished)
@@ -424,12 +429,14 @@ def create_app(
     async def models() -> Response:
         return answer({"object": "list", "data": [about()]})
 
-    @app.get("/v1/models/{model}", **guarded)
+    @app.get("/v1/models/{model:path}", **guarded)
     async def retrieve(model: str) -> Response:
         check_name(model)
         return answer(about())
 
-    @app.post("/v1/completions", **guarded | {"responses": responses | {200: {"model": Completion}}})
+    answers = responses | {200: {"model": Completion, "content": {"text/event-stream": {}}}}
+
+    @app.post("/v1/completions", **guarded | {"responses": answers})
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         check_name(asked.model)
         if (asked.max_tokens or 0) > max_tokens:
@@ -446,10 +453,12 @@ def create_app(
         except Exception as error:
             raise failure_of(error) from None
 
-    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
-    async def nothing(path: str) -> Response:
-        allowed = {"completions": "POST", "models": "GET"}.get(path.partition("/")[0])
-        if allowed:
+    methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE"]
+
+    @app.api_route("/v1/{path:path}", methods=methods, include_in_schema=False)
+    async def nothing(path: str, request: Request) -> Response:
+        allowed = "POST" if path == "completions" else "GET" if path.split("/")[0] == "models" else request.method
+        if allowed != request.method:
             raise Failure(405, f"this address takes {allowed} requests alone", **{"Allow": allowed})
         raise Failure(404, "there is nothing at this address: see /openapi.json for what there is")
 

@@ -154,8 +154,7 @@ def choose(logits: torch.Tensor, s: Sampling, keys: torch.Tensor) -> torch.Tenso
     if s.top_k and s.temperature:  # first of all, so that what follows has k numbers a row to do with
         logits, ids = keep_top_k(logits, s.top_k)
     largest, at = logits.max(-1, keepdim=True)
-    if not isfinite(largest.sum().item()):
-        raise UserError("the model's logits are not finite numbers: its training diverged, or dtype is too narrow")
+    _check_finite(largest)
     if s.temperature == 0:
         return at
     ids = torch.arange(logits.size(-1), device=logits.device) if ids is None else ids
@@ -165,6 +164,11 @@ def choose(logits: torch.Tensor, s: Sampling, keys: torch.Tensor) -> torch.Tenso
     if s.min_p > 0:
         logits = keep_min_p(logits, s.min_p)
     return ids.expand_as(logits).gather(-1, draw(logits.softmax(-1), keys, ids))
+
+
+def _check_finite(largest: torch.Tensor) -> None:
+    if not isfinite(largest.sum().item()):
+        raise UserError("the model's logits are not finite numbers: its training diverged, or dtype is too narrow")
 
 
 @dataclass
@@ -285,7 +289,7 @@ def score(model: GPT, ids: Sequence[int], alternatives: int = 0) -> list[Token]:
     """How probable the model finds each of `ids` but the first, given those before it; len(ids) - 1 tokens.
 
     A text longer than the context is read in windows that overlap by half, so that each token past the first window is
-    predicted from at least block_size / 2 of those before it.
+    predicted from at least block_size / 2 of those before it. UserError for a model that diverged.
     """
     block_size, device, tokens = model.config.block_size, model.transformer.wte.weight.device, []
     for begin in range(0, max(1, len(ids) - 1), max(1, block_size // 2)):
@@ -295,6 +299,7 @@ def score(model: GPT, ids: Sequence[int], alternatives: int = 0) -> list[Token]:
             break
         idx = torch.tensor([window], device=device)
         logits = model(idx[:, :-1], idx[:, 1:])[0][0, new:].float()  # [tokens, vocab_size]
+        _check_finite(logits.amax(-1))
         tokens += _with_logprobs(logits, idx[0, new + 1 :, None], alternatives)
     return tokens
 

@@ -30,6 +30,7 @@ config = configure(globals())
 
 import asyncio
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -59,8 +60,8 @@ def listen(host: str, port: int) -> socket.socket:
             0
         ]
         return socket.create_server(address, family=family, backlog=1024)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"host={host}, port={port}: {reason}; choose another --port or --host") from None
 
 
@@ -96,6 +97,11 @@ async def serve(server, engine: Engine, listener: socket.socket, grace: float) -
         until = asyncio.get_running_loop().time() + grace
         while engine.open and asyncio.get_running_loop().time() < until and not server.should_exit:
             await asyncio.sleep(0.05)
+        if engine.open:
+            note(f"{len(engine.open)} requests did not end in time and are cut off")
+        engine.abandon()
+        # pages that are open still listen for news; that they are cut off is no error to tell of
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server.should_exit = True
 
     server.handle_exit = leave
@@ -105,6 +111,8 @@ async def serve(server, engine: Engine, listener: socket.socket, grace: float) -
 
 @memory_error_told("take a smaller model, or --quantize=bf16")
 def main(c: Config) -> None:
+    check(c)
+    listener = listen(c.host, c.port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which is read when gradio is imported
     try:
         import uvicorn
@@ -113,8 +121,6 @@ def main(c: Config) -> None:
         from page import mount_page
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install -r requirements-web.txt") from error
-    check(c)
-    listener = listen(c.host, c.port)
     c.device = choose_device(c.device)
     check_quantize(c.quantize, c.device)
     c.dtype = "float32" if c.quantize else choose_dtype(c.dtype, c.device)

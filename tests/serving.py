@@ -7,9 +7,15 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
-from conftest import ROOT
+import torch
+from conftest import ROOT, TINY
+
+import checkpoint
+from model import GPT, GPTConfig
+from tokenizer import Tokenizer
 
 
 class Served:
@@ -53,3 +59,16 @@ def serving(*args, cwd, env=None):
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+def write_run(folder: Path, tokenizer: Tokenizer, **shape) -> GPT:
+    """A ckpt.pt in `folder`, of a tiny model that speaks at random; the model."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**(TINY | {"vocab_size": tokenizer.vocab_size} | shape))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"model": model.state_dict(), "model_args": model.config.model_args(), "tokenizer": tokenizer.meta()}
+    checkpoint.save(folder / "ckpt.pt", state)
+    return model

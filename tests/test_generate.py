@@ -20,7 +20,9 @@ from generate import (
     keep_top_p,
     penalize,
     prompt_ids,
+    score,
     stream,
+    titled,
 )
 from model import GPT, GPTConfig, derive_seed
 from tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe
@@ -261,6 +263,99 @@ def test_log_probabilities_are_the_models_own_and_alternatives_the_likeliest():
 
 
 # where a text ends
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 8, 9, 10, 13, 14, 40, 41])
+def test_scores_are_those_of_reading_each_window_by_itself(block_size, length):
+    """Position by position, in float64, with the context that the docstring promises."""
+    torch.manual_seed(length)
+    shape = TINY | {"block_size": block_size, "n_layer": 1}
+    model = GPT(GPTConfig(vocab_size=CHARS.vocab_size, **shape)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    ids = torch.randint(CHARS.vocab_size, (length,)).tolist()
+    told = score(model, ids, 2)
+    assert [token.id for token in told] == ids[1:]
+    step = max(1, block_size // 2)
+    for at, token in enumerate(told, 1):
+        begin = step * math.ceil(max(0, at - block_size) / step)
+        assert min(at, math.ceil(block_size / 2)) <= at - begin <= block_size
+        logits = model(torch.tensor([ids[begin:at]]))[0][0, -1].double()
+        expected = logits.log_softmax(-1)
+        assert token.logprob == pytest.approx(expected[token.id].item(), abs=1e-4), at
+        likeliest = expected.topk(2)
+        assert [id for id, _ in token.top] == likeliest.indices.tolist()
+        assert [logprob for _, logprob in token.top] == pytest.approx(likeliest.values.tolist(), abs=1e-4)
+
+
+def test_scores_are_those_of_transformers_and_alternatives_change_nothing():
+    config = transformers.GPT2Config(
+        vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3
+    )
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    ours = GPT(GPTConfig(**(TINY | {"block_size": 16}), vocab_size=60, act="gelu_tanh")).eval()
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D's are the other way round
+    with torch.no_grad():
+        for name, p in ours.state_dict().items():
+            other = theirs.state_dict()[name]
+            p.copy_(other.t() if name.endswith(turned) else other)
+    ids = torch.randint(60, (17,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
+    expected = expected.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    plain = [token.logprob for token in score(ours, ids)]
+    assert plain == pytest.approx(expected, abs=1e-4)
+    for alternatives in (1, 5, 60, 1000):
+        told = score(ours, ids, alternatives)
+        assert [token.logprob for token in told] == plain
+        assert all(len(token.top) == min(alternatives, 60) for token in told)
+    assert all(token.top == () for token in score(ours, ids))
+
+
+def test_a_model_that_diverged_has_no_scores():
+    model = model_for(CHARS)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        score(model, [1, 2, 3])
+
+
+def test_a_title_stands_where_the_layout_has_it():
+    assert titled("《{title}》\n{content}\n完", "春天") == "《春天》\n"
+    assert titled("{title}: {title} {content}", "{content}") == "{content}: {content} "
+    for template in ("{content}", "", "{content} ({title})"):
+        with pytest.raises(UserError, match="no layout with a title"):
+            titled(template, "春天")
+
+
+def test_prompts_may_be_ids():
+    """What the texts' ids give is what the texts give, in whatever mixture."""
+    texts = ["天地", "天", "《天》abc"]
+    ids = [BYTES.encode_prompt(text).tolist() for text in texts]
+    model = model_for(BYTES)
+    pieces = [
+        list(stream(model, BYTES, prompts, SAMPLING, logprobs=1)) for prompts in (texts, ids, [*texts[:1], *ids[1:]])
+    ]
+    assert pieces[0] == pieces[1] == pieces[2] and {piece.row for piece in pieces[0]} == {0, 1, 2}
+    assert ids == [BYTES.encode_prompt(text).tolist() for text in texts]  # which are still the caller's own
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_a_stream_that_is_stopped_ends_all_rows_before_their_next_token(tokens):
+    model, asked = model_for(CHARS), 0
+
+    def stopped() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == tokens
+
+    free = list(stream(model, CHARS, ["a", "b"], SAMPLING))
+    pieces = list(stream(model, CHARS, ["a", "b"], SAMPLING, stopped=stopped))
+    assert pieces == free[: 2 * tokens] and asked == tokens
+    assert not any(piece.finished for piece in pieces)
 
 
 def test_end_of_text_ends_each_row_for_itself_and_is_not_shown():
