@@ -442,6 +442,7 @@ def create_app(
         if (asked.max_tokens or 0) > max_tokens:
             raise Failure(400, f"max_tokens={asked.max_tokens}: at most {max_tokens:,} here", "max_tokens")
         try:
+            engine.check_room()  # before the prompts are encoded, which costs more than to say no
             made = await asyncio.to_thread(Completions, asked, model, tokenizer, name, max_rows)
             job = engine.submit(made.work)
             if asked.stream:

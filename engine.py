@@ -106,16 +106,20 @@ class Engine:
         """Takes work into the queue. Full or Closing where it is not taken."""
         self.loop = asyncio.get_running_loop()
         with self.changed:
-            if self.closing:
-                raise Closing("the server is shutting down and takes no new requests", 5)
-            if len(self.queue) - (self.running is None) >= self.max_waiting:
-                wait = math.ceil(self.seconds * (len(self.queue) + 1))
-                raise Full(f"{len(self.queue)} requests are waiting already; try again in {wait} s", wait)
+            self.check_room()
             job = Job(self, work)
             self.open.add(job)
             self.queue.append(job)
             self.changed.notify()
         return job
+
+    def check_room(self) -> None:
+        """Full or Closing where work would not be taken now."""
+        if self.closing:
+            raise Closing("the server is shutting down and takes no new requests", 5)
+        if len(self.queue) - (self.running is None) >= self.max_waiting:
+            wait = math.ceil(self.seconds * (len(self.queue) + 1))
+            raise Full(f"{len(self.queue)} requests are waiting already; try again in {wait} s", wait)
 
     def ahead(self, job: Job) -> int:
         """How many jobs come before this one, the running one included; 0 once it runs."""

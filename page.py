@@ -40,7 +40,20 @@ FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "san
 HERE = Path(__file__).resolve().parent
 KEY = "words."  # before a word's key, for Gradio takes a value that is a key for the word, a story's text, too
 AXES = ("step", "tokens", "seconds")
-COLORS = {"train": "#2563eb", "val": "#ea580c", "lr": "#2563eb", "speed": "#2563eb"}
+COLORS = {"train": "#3b82f6", "val": "#f97316", "lr": "#3b82f6", "speed": "#3b82f6"}
+# Gradio's are too pale to be read on white: WCAG 2 asks for a contrast of 4.5, and of 3 where letters are large
+DARKER = {
+    "button_primary_background_fill": "*primary_600",
+    "button_primary_background_fill_hover": "*primary_700",
+    "body_text_color_subdued": "*neutral_500",
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+}
+# the clipboard's own interface is there on https and on localhost alone
+COPY = """(text) => {
+  if (navigator.clipboard) navigator.clipboard.writeText(text);
+  else { document.querySelector("BOX").select(); document.execCommand("copy"); }
+}"""
 
 
 def mount_page(
@@ -64,8 +77,10 @@ def mount_page(
         return hmac.compare_digest(password.encode(), api_key.encode())
 
     return gr.mount_gradio_app(
-        app, page.blocks, "/", auth=knows_the_key if api_key else None, i18n=page.i18n, css_paths=HERE / "page.css",
-        theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"]),
+        app, page.blocks, "/", auth=knows_the_key if api_key else None,
+        auth_message="用户名任意，密码是 api_key。<br>Any user name; the password is the api_key.",
+        i18n=page.i18n, css_paths=HERE / "page.css",
+        theme=gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "Consolas", "monospace"]).set(**DARKER),
         footer_links=[], run_history=False, show_error=False, ssr_mode=False, mcp_server=False, pwa=False,
         enable_monitoring=False, max_file_size=0,
     )  # fmt: skip
@@ -83,6 +98,7 @@ class Page:
         self.name, self.samples, self.max_tokens = name, min(STORIES, max_rows), max_tokens
         self.history, self.reading, self.version = History(folder), threading.Lock(), 0
         self.jobs: dict[str, Job] = {}  # of each page that is open
+        self.writers: dict[str, Job] = {}  # the newest of each page that filled its stories
         keyed = {lang: {KEY + key: text for key, text in words(lang).items()} for lang in ("zh", "en")}
         self.i18n = gr.I18n(**keyed)
         self.worded: list[tuple[Any, dict[str, str]]] = []  # components, and which words which of their properties are
@@ -105,15 +121,16 @@ class Page:
 
     def build(self) -> gr.Blocks:
         quiet = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+        anew = quiet | {"trigger_mode": "multiple"}  # of two that are asked for, the second one ends the first
         with gr.Blocks(title=f"微GPT · {self.name}", analytics_enabled=False) as blocks:
             lang = gr.BrowserState("", storage_key="weigpt-language", secret="none")
             with gr.Row(elem_id="head"):
                 gr.HTML(f"<h1>微GPT · {escape(self.name)}</h1>")
                 switch = self.add(gr.Button, size="sm", elem_id="switch", worded={"value": "switch"})
             with self.add(gr.Tab, worded={"label": "write_tab"}) as write_tab:
-                self.build_writing(lang, quiet)
+                self.build_writing(lang, quiet, anew)
             with self.add(gr.Tab, worded={"label": "tokens_tab"}) as tokens_tab:
-                self.build_tokens(lang, quiet)
+                self.build_tokens(lang, quiet, anew)
             with self.add(gr.Tab, worded={"label": "run_tab"}) as run_tab:
                 timer, look = self.build_run(lang, quiet)
             run_tab.select(lambda: gr.Timer(active=True), None, timer, **quiet)
@@ -126,10 +143,10 @@ class Page:
             for event in (begun, switched):
                 event.then(None, lang, None, js="(lang) => { document.documentElement.lang = lang }")
             switched.then(**look)
-            blocks.unload(self.halt)
+            blocks.unload(self.leave)
         return blocks
 
-    def build_writing(self, lang: Any, quiet: dict[str, Any]) -> None:
+    def build_writing(self, lang: Any, quiet: dict[str, Any], anew: dict[str, Any]) -> None:
         most = min(1000, self.max_tokens)
         with gr.Row():
             with gr.Column(scale=2, elem_id="left"):
@@ -143,14 +160,14 @@ class Page:
                         worded={"label": "opening", "placeholder": "opening_hint"},
                     )  # fmt: skip
                     with gr.Row():
-                        write = self.add(gr.Button, variant="primary", elem_id="write", worded={"value": "write"})
-                        stop = self.add(gr.Button, variant="stop", elem_id="stop", worded={"value": "stop"})
+                        button = {"kind": gr.Button, "min_width": 100}
+                        write = self.add(**button, variant="primary", elem_id="write", worded={"value": "write"})
+                        stop = self.add(**button, variant="stop", elem_id="stop", worded={"value": "stop"})
                 with gr.Column(elem_id="settings"):
 
                     def slider(word: str, low: float, high: float, value: float, step: float, **how: Any) -> gr.Slider:
-                        return self.add(
-                            gr.Slider, low, high, value, step=step, elem_id=word, worded={"label": word}, **how
-                        )
+                        how |= {"step": step, "buttons": [], "elem_id": word, "worded": {"label": word}}
+                        return self.add(gr.Slider, low, high, value, **how)
 
                     settings = [
                         slider("length", 1, most, min(32, most), 1),
@@ -171,24 +188,28 @@ class Page:
                     samples = slider("samples", 1, self.samples, 1, 1, visible=self.samples > 1)
             with gr.Column(scale=3, elem_id="answer"):
                 status = gr.HTML(said(""), elem_id="status")
-                groups, stories, buttons = [], [], []
+                groups, stories = [], []
                 for k in range(1, self.samples + 1):
                     with gr.Group(visible=k == 1) as group:
                         story = self.add(
-                            gr.Textbox, lines=9, max_lines=24, buttons=["copy"], elem_id=f"story-{k}",
+                            gr.Textbox, lines=9, max_lines=24, elem_id=f"story-{k}",
                             worded={"label": f"story_{k}", "placeholder": "story_hint"},
                         )  # fmt: skip
-                        button = self.add(gr.Button, size="sm", elem_id=f"go-on-{k}", worded={"value": "go_on"})
-                    groups.append(group), stories.append(story), buttons.append(button)
+                        with gr.Row():
+                            # Gradio's own copy button takes the box's label, and the box has none for a screen reader
+                            copy = self.add(**button, size="sm", elem_id=f"copy-{k}", worded={"value": "copy"})
+                            go_on = self.add(**button, size="sm", elem_id=f"go-on-{k}", worded={"value": "go_on"})
+                    groups.append(group), stories.append(story)
+                    copied = copy.click(None, story, None, js=COPY.replace("BOX", f"#story-{k} textarea"))
+                    copied.then(lambda lang: said(words(lang)["copied"], ended=True), lang, status, **quiet)
+                    go_on.click(self.go_on, [lang, story, *settings], [status, story], **anew)
         asked = [lang, title, opening, samples, *settings]
         for event in (write.click, title.submit):
-            event(self.write, asked, [status, *groups, *stories], **quiet)
-        for story, button in zip(stories, buttons, strict=True):
-            button.click(self.go_on, [lang, story, *settings], [status, story], **quiet)
+            event(self.write, asked, [status, *groups, *stories], **anew)
         stop.click(self.halt, **quiet)
         self.first_story = stories[0]
 
-    def build_tokens(self, lang: Any, quiet: dict[str, Any]) -> None:
+    def build_tokens(self, lang: Any, quiet: dict[str, Any], anew: dict[str, Any]) -> None:
         text = self.add(gr.Textbox, lines=4, max_lines=12, elem_id="text", worded={"label": "text"})
         with gr.Row():
             take = self.add(gr.Button, elem_id="take", worded={"value": "take"})
@@ -196,7 +217,7 @@ class Page:
         shown = gr.HTML(elem_id="tokens", container=True, padding=True)
         taken = take.click(lambda story: story, self.first_story, text, **quiet)
         taken.then(self.show, [lang, text], shown, **quiet)
-        show.click(self.show, [lang, text], shown, **quiet)
+        show.click(self.show, [lang, text], shown, **anew)
 
     def build_run(self, lang: Any, quiet: dict[str, Any]) -> tuple[gr.Timer, dict[str, Any]]:
         seen = gr.State(-1)
@@ -256,6 +277,11 @@ class Page:
         """Ends the page's work: no token more."""
         self.stop(request)
 
+    async def leave(self, request: gr.Request) -> None:
+        """Ends the work of a page that is closed."""
+        self.stop(request)
+        self.writers.pop(request.session_hash, None)
+
     def stop(self, request: gr.Request) -> None:
         if job := self.jobs.get(request.session_hash):
             job.stop()
@@ -304,8 +330,11 @@ class Page:
                 return stream(self.model, self.tokenizer, [ids] * len(prompts), sampling, first=first, stopped=stopped)
 
             with self.job(work, request) as job:
+                self.writers[request.session_hash] = job
                 yield said(said_in["running"] + figures()), list(texts)
                 async for batch in job.batches(EVERY):
+                    if self.writers.get(request.session_hash) is not job:
+                        return  # the stories are another's by now, or nobody's
                     grown = {piece.row for piece in batch}
                     for piece in batch:
                         texts[piece.row] += piece.text
@@ -403,7 +432,7 @@ def reason(error: Exception, said_in: dict[str, str]) -> str:
 
 def percent(logprob: float) -> str:
     p = 100 * math.exp(logprob)
-    return f"{p:.0f}%" if p >= 10 else f"{p:.1f}%" if p >= 0.1 else f"{p:.1g}%"
+    return f"{p:.0f}%" if p >= 10 else f"{p:.1f}%" if p >= 0.1 else f"{p:.2f}%" if p >= 0.01 else "<0.01%"
 
 
 def coloured(tokens: list[Token], tokenizer: Tokenizer, said_in: dict[str, str], note: str) -> str:
@@ -422,7 +451,7 @@ def coloured(tokens: list[Token], tokenizer: Tokenizer, said_in: dict[str, str],
             about = said_in["likelier" if rank else "rare"].format(
                 percent=percent(token.logprob), rank=rank, shown=len(token.top)
             )
-        rather = "".join(f"<span>{escape(piece(id))} {percent(logprob)}</span>" for id, logprob in token.top)
+        rather = "".join(f"<span>{escape(f'{piece(id)} {percent(logprob)}')}</span>" for id, logprob in token.top)
         label = escape(f"{text}: {about}", quote=True)
         parts.append(
             f'<button type="button" class="token {shade}" aria-label="{label}">{escape(text)}'

@@ -5,7 +5,8 @@
     $ python serve.py --out_dir=out-demo --host=0.0.0.0 --api_key=SECRET
 
 Then http://127.0.0.1:8000 is the page. It needs no network: nothing comes from elsewhere, and nobody is told anything.
-The API is at http://127.0.0.1:8000/v1, for `openai.OpenAI(base_url=..., api_key=...)` and the like. Ctrl-C ends it.
+The API is at http://127.0.0.1:8000/v1, for `openai.OpenAI(base_url=..., api_key=...)` and the like. Ctrl-C ends it. The
+weights are those that were there at the start, also where training goes on.
 """
 
 from configurator import Config, UserError, configure, note, run
@@ -16,7 +17,7 @@ name = ""  # the model's, in the API and on the page; by default that of its fol
 # Where it is served
 host = "127.0.0.1"  # this machine alone; 0.0.0.0 for all who can reach it
 port = 8000  # 0 for any that is free
-api_key = ""  # what clients must send as a bearer token, and people type to see the page
+api_key = ""  # what clients must send as a bearer token, and people type as the password to see the page
 # How much at once
 max_waiting = 16  # requests that wait while one is answered; more are refused
 max_samples = 16  # texts that a request may ask for
@@ -56,9 +57,8 @@ def check(c: Config) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """A socket that clients can already connect to. UserError where the address cannot be had."""
     try:
-        family, *_, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, *_, address = found[0]
         return socket.create_server(address, family=family, backlog=1024)
     except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
         reason = getattr(error, "strerror", None) or str(error)
@@ -73,6 +73,15 @@ def is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
+def welcome(listener: socket.socket) -> str:
+    """Where to go with a browser."""
+    host, port = listener.getsockname()[:2]
+    everywhere, host = ipaddress.ip_address(host).is_unspecified, f"[{host}]" if ":" in host else host
+    here = "127.0.0.1" if everywhere else host
+    others = f" (elsewhere http://THIS-MACHINE:{port})" if everywhere else ""
+    return f"a page to write in: http://{here}:{port}{others} (Ctrl-C ends it)"
+
+
 def named(c: Config) -> str:
     """The model's name: the one given, else that of the folder it comes from."""
     source = Path(c.out_dir if c.init_from == "resume" else c.init_from)
@@ -80,8 +89,9 @@ def named(c: Config) -> str:
     return c.name or source.resolve().name or "model"
 
 
-async def serve(server, engine: Engine, listener: socket.socket, grace: float) -> int:
-    """Answers until a signal comes, then finishes what was accepted; the signal's number. `server` is uvicorn's."""
+async def serve(server, engine: Engine, listener: socket.socket, welcome: str, grace: float) -> int:
+    """Answers until a signal comes, then finishes what was accepted; the signal's number. `server` is uvicorn's;
+    `welcome` is told once it answers."""
     signals: list[int] = []
 
     def leave(number: int, _: object) -> None:
@@ -90,6 +100,9 @@ async def serve(server, engine: Engine, listener: socket.socket, grace: float) -
         server.should_exit = server.force_exit = len(signals) > 1
 
     async def finish() -> None:
+        while not (server.started or engine.closing):
+            await asyncio.sleep(0.01)
+        note(welcome)
         while not engine.closing:
             await asyncio.sleep(0.05)
         if engine.open:
@@ -137,9 +150,7 @@ def main(c: Config) -> None:
     app = mount_page(app, engine, model, tokenizer, template, named(c), folder, **limits)
     # once the work is done, what is still open are pages that listen for news
     how = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-    where, port = listener.getsockname()[:2]
-    note(f"a page to write in: http://{f'[{where}]' if ':' in where else where}:{port} (Ctrl-C ends it)")
-    number = asyncio.run(serve(uvicorn.Server(how), engine, listener, c.grace))
+    number = asyncio.run(serve(uvicorn.Server(how), engine, listener, welcome(listener), c.grace))
     engine.end()
     if number == signal.SIGINT:
         raise KeyboardInterrupt

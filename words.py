@@ -2,7 +2,6 @@
 
 STORIES = 6  # beside each other at most
 WORDS = {
-    "about": ("模型 {name}，上下文 {context} 个词元", "model {name}, a context of {context} tokens"),
     "switch": ("English", "中文"),
     "write_tab": ("写作", "Write"),
     "tokens_tab": ("概率", "Probabilities"),
@@ -14,7 +13,6 @@ WORDS = {
     "opening_hint": ("留空就由模型从头写起", "leave it empty, and the model begins"),
     "length": ("长度（词元数）", "Length (tokens)"),
     "samples": ("写几篇", "Number of samples"),
-    "choice": ("怎样选下一个词元", "How the next token is chosen"),
     "top_k": ("Top-k：只在最可能的 k 个里选（0：不限）", "Top-k: only among the k likeliest (0: all)"),
     "top_p": ("Top-p：只在合计概率达到 p 的里选（1：不限）", "Top-p: among the likeliest that make up p (1: all)"),
     "temperature": ("温度：越高越随意（0：总选最可能的）", "Temperature: higher is freer (0: always the likeliest)"),
@@ -22,6 +20,8 @@ WORDS = {
     "seed": ("随机种子：相同则结果相同（-1：每次不同）", "Seed: the same, the same text (-1: another each time)"),
     "write": ("开始写", "Write"),
     "stop": ("停止", "Stop"),
+    "copy": ("复制", "Copy"),
+    "copied": ("已复制", "copied"),
     "go_on": ("接着写", "Continue from here"),
     "story": ("作品", "Text"),
     "story_hint": ("写出的文字在这里；可以修改，再让模型接着写", "The text appears here; edit it, and go on"),
@@ -38,7 +38,6 @@ WORDS = {
     "text": ("要分析的文字", "Text to look into"),
     "take": ("取第一篇作品", "Take the first text"),
     "show": ("显示概率", "Show the probabilities"),
-    "scored": ("每个词元的概率", "Each token's probability"),
     "scored_hint": (
         "把鼠标移到一个词元上，或者点一下，就能看到模型当时更想写什么",
         "Point at a token, or tap it, to see what the model would rather have written",
