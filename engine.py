@@ -117,7 +117,8 @@ class Engine:
         """Full or Closing where work would not be taken now."""
         if self.closing:
             raise Closing("the server is shutting down and takes no new requests", 5)
-        if len(self.queue) - (self.running is None) >= self.max_waiting:
+        idle = self.running is None or self.running.stopped.is_set()  # what is stopped ends before its next token
+        if len(self.queue) - idle >= self.max_waiting:
             wait = math.ceil(self.seconds * (len(self.queue) + 1))
             raise Full(f"{len(self.queue)} requests are waiting already; try again in {wait} s", wait)
 

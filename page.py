@@ -8,13 +8,13 @@ Notable choices:
 
 import asyncio
 import hmac
-import math
 import secrets
 import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from configurator import UserError, tell
 from engine import Engine, Full, Job, Refused, Work
 from generate import Sampling, Token, has_title, prompt_ids, score, stream, titled
 from history import History, thinned
+from markup import coloured, said
 from model import GPT
 from tokenizer import Tokenizer
 from words import STORIES, words
@@ -35,7 +36,6 @@ SCORED, ALTERNATIVES = 1000, 8  # tokens whose probabilities are shown at once, 
 EVERY = 0.1  # seconds between two looks at a text that grows
 DRAWN = 50  # of the run's samples, the newest
 LOOK = 2.0  # seconds between two looks at the run's log
-SHADES = (0.5, 0.2, 0.05, 0.01)  # a token that is at least this probable has the class p0, p1, ...; else p4
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 HERE = Path(__file__).resolve().parent
 KEY = "words."  # before a word's key, for Gradio takes a value that is a key for the word, a story's text, too
@@ -98,7 +98,6 @@ class Page:
         self.name, self.samples, self.max_tokens = name, min(STORIES, max_rows), max_tokens
         self.history, self.reading, self.version = History(folder), threading.Lock(), 0
         self.jobs: dict[str, Job] = {}  # of each page that is open
-        self.writers: dict[str, Job] = {}  # the newest of each page that filled its stories
         keyed = {lang: {KEY + key: text for key, text in words(lang).items()} for lang in ("zh", "en")}
         self.i18n = gr.I18n(**keyed)
         self.worded: list[tuple[Any, dict[str, str]]] = []  # components, and which words which of their properties are
@@ -143,7 +142,7 @@ class Page:
             for event in (begun, switched):
                 event.then(None, lang, None, js="(lang) => { document.documentElement.lang = lang }")
             switched.then(**look)
-            blocks.unload(self.leave)
+            blocks.unload(self.halt)
         return blocks
 
     def build_writing(self, lang: Any, quiet: dict[str, Any], anew: dict[str, Any]) -> None:
@@ -201,7 +200,7 @@ class Page:
                             go_on = self.add(**button, size="sm", elem_id=f"go-on-{k}", worded={"value": "go_on"})
                     groups.append(group), stories.append(story)
                     copied = copy.click(None, story, None, js=COPY.replace("BOX", f"#story-{k} textarea"))
-                    copied.then(lambda lang: said(words(lang)["copied"], ended=True), lang, status, **quiet)
+                    copied.then(partial(self.copied, f"story_{k}"), lang, status, **quiet)
                     go_on.click(self.go_on, [lang, story, *settings], [status, story], **anew)
         asked = [lang, title, opening, samples, *settings]
         for event in (write.click, title.submit):
@@ -227,7 +226,8 @@ class Page:
         how["color_map"] = {words(each)[word]: color for each in ("zh", "en") for word, color in COLORS.items()}
         plots = [gr.LinePlot(**how, height=360, elem_id="loss")]
         with gr.Row():
-            plots += [gr.LinePlot(**how, height=240, elem_id=key) for key in ("lr", "speed")]
+            plots.append(gr.LinePlot(**how, height=240, elem_id="lr", y_axis_format=".3~g"))
+            plots.append(gr.LinePlot(**how, height=240, elem_id="speed"))
         samples = gr.HTML(elem_id="drawn")
         timer = gr.Timer(LOOK, active=False)
         outputs = [seen, summary, *plots, samples]
@@ -277,11 +277,6 @@ class Page:
         """Ends the page's work: no token more."""
         self.stop(request)
 
-    async def leave(self, request: gr.Request) -> None:
-        """Ends the work of a page that is closed."""
-        self.stop(request)
-        self.writers.pop(request.session_hash, None)
-
     def stop(self, request: gr.Request) -> None:
         if job := self.jobs.get(request.session_hash):
             job.stop()
@@ -304,6 +299,9 @@ class Page:
         # another sample number than the beginning's, or the same draws would come again
         async for status, texts in self.written(lang, [text], 1 + len(text), settings, request):
             yield [status, *texts]
+
+    def copied(self, story: str, lang: str) -> str:
+        return said(words(lang)["copied"].format(story=words(lang)[story]), ended=True)
 
     async def written(
         self, lang: str, prompts: list[str], first: int, settings: Sequence[float | None], request: gr.Request
@@ -330,11 +328,8 @@ class Page:
                 return stream(self.model, self.tokenizer, [ids] * len(prompts), sampling, first=first, stopped=stopped)
 
             with self.job(work, request) as job:
-                self.writers[request.session_hash] = job
                 yield said(said_in["running"] + figures()), list(texts)
                 async for batch in job.batches(EVERY):
-                    if self.writers.get(request.session_hash) is not job:
-                        return  # the stories are another's by now, or nobody's
                     grown = {piece.row for piece in batch}
                     for piece in batch:
                         texts[piece.row] += piece.text
@@ -344,7 +339,8 @@ class Page:
                         now = said_in["waiting"].format(ahead=ahead, seconds=time.perf_counter() - begun)
                     yield said(now), [texts[k] if k in grown else gr.skip() for k in range(len(texts))]
                 ended = said_in["stopped" if job.stopped.is_set() else "done"]
-            yield said(ended + figures(), ended=True), list(texts)
+            if request.session_hash not in self.jobs:  # else the boxes are the next work's by now
+                yield said(ended + figures(), ended=True), list(texts)
         except Exception as error:
             yield said(reason(error, said_in), ended=True), unchanged
 
@@ -362,10 +358,12 @@ class Page:
                 yield score(self.model, before + shown, ALTERNATIVES)
 
             with self.job(work, request) as job:
-                [tokens] = [result async for result in job]
+                results = [result async for result in job]
+            if not results:  # the page's next work came before this one's turn
+                return gr.skip()
         except Exception as error:
             return said(reason(error, said_in), ended=True)
-        tokens = tokens[-len(shown) :] if before else [Token(shown[0]), *tokens]
+        tokens = results[0][-len(shown) :] if before else [Token(shown[0]), *results[0]]
         cut = said_in["cut"].format(shown=SCORED) if len(ids) > SCORED else ""
         return coloured(tokens, self.tokenizer, said_in, cut)
 
@@ -415,11 +413,6 @@ def frame(curve: tuple[Any, Any], name: str) -> pd.DataFrame:
     return pd.DataFrame({"x": x, "y": y, "curve": name})
 
 
-def said(text: str, ended: bool = False) -> str:
-    """HTML of a line; a screen reader reads it out where the work has ended, and not while it counts."""
-    return f'<p class="status" role="status" aria-live="{"polite" if ended else "off"}">{escape(text)}</p>'
-
-
 def reason(error: Exception, said_in: dict[str, str]) -> str:
     """Why there is no text, in words for whoever is at the page."""
     if isinstance(error, UserError):
@@ -428,39 +421,3 @@ def reason(error: Exception, said_in: dict[str, str]) -> str:
         return said_in["full" if isinstance(error, Full) else "closing"].format(wait=error.retry_after)
     tell("".join(traceback.format_exception(error)))
     return said_in["failed"]
-
-
-def percent(logprob: float) -> str:
-    p = 100 * math.exp(logprob)
-    return f"{p:.0f}%" if p >= 10 else f"{p:.1f}%" if p >= 0.1 else f"{p:.2f}%" if p >= 0.01 else "<0.01%"
-
-
-def coloured(tokens: list[Token], tokenizer: Tokenizer, said_in: dict[str, str], note: str) -> str:
-    """HTML of tokens on the colours of their probabilities, each with what the model would rather have written."""
-
-    def piece(id: int) -> str:
-        return tokenizer.pieces([id])[0].replace("\n", "↵").replace("\t", "⇥")
-
-    parts, nats = [], [-token.logprob for token in tokens if token.logprob is not None]
-    for token in tokens:
-        text, shade, about = piece(token.id), "none", said_in["first"]
-        if token.logprob is not None:
-            p = math.exp(token.logprob)
-            shade = f"p{next((k for k, least in enumerate(SHADES) if p >= least), len(SHADES))}"
-            rank = next((k for k, (id, _) in enumerate(token.top, 1) if id == token.id), 0)
-            about = said_in["likelier" if rank else "rare"].format(
-                percent=percent(token.logprob), rank=rank, shown=len(token.top)
-            )
-        rather = "".join(f"<span>{escape(f'{piece(id)} {percent(logprob)}')}</span>" for id, logprob in token.top)
-        label = escape(f"{text}: {about}", quote=True)
-        parts.append(
-            f'<button type="button" class="token {shade}" aria-label="{label}">{escape(text)}'
-            f'<span class="rather"><b>{label}</b> {rather}</span></button>' + "\n" * text.count("↵")
-        )
-    legend = "".join(
-        f'<span class="token p{k}"> {">" if k < len(SHADES) else "<"} {SHADES[min(k, len(SHADES) - 1)]:.0%} </span> '
-        for k in range(len(SHADES) + 1)
-    )
-    mean = sum(nats) / len(nats) if nats else 0.0
-    about = said_in["surprise"].format(nats=mean, perplexity=math.exp(mean)) if nats else ""
-    return f'<p>{legend} {about}</p><p>{said_in["scored_hint"]} {note}</p><div class="tokens">{"".join(parts)}</div>'

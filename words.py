@@ -21,7 +21,7 @@ WORDS = {
     "write": ("开始写", "Write"),
     "stop": ("停止", "Stop"),
     "copy": ("复制", "Copy"),
-    "copied": ("已复制", "copied"),
+    "copied": ("已复制：{story}", "copied: {story}"),
     "go_on": ("接着写", "Continue from here"),
     "story": ("作品", "Text"),
     "story_hint": ("写出的文字在这里；可以修改，再让模型接着写", "The text appears here; edit it, and go on"),

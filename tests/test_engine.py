@@ -127,6 +127,22 @@ def test_without_a_queue_one_after_another_is_always_taken():
     check(scenario, max_waiting=0)
 
 
+def test_a_job_that_was_stopped_leaves_its_place_at_once():
+    async def scenario(engine: Engine) -> None:
+        gate = Gate()
+        job = engine.submit(gate)
+        await happens(gate.begun)
+        job.stop()  # it computes on until its next result
+        after = engine.submit(numbers(1))
+        with pytest.raises(Full):
+            engine.submit(numbers(1))
+        gate.open()
+        assert await results_of(after) == [0]
+        job.close()
+
+    check(scenario, max_waiting=0)
+
+
 class Panic(BaseException):
     """As what PyO3 makes of a panic in Rust."""
 
