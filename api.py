@@ -336,19 +336,21 @@ class Completions:
         """What the choices go on with, as it comes."""
         scored: list[list[Token]] = []
         waits = self.asked.echo
-        async for result in job:
-            if isinstance(result, list):
-                scored.append(result)
-                continue
-            if waits:
+        async for group in job.groups():
+            scored += [result for result in group if isinstance(result, list)]
+            pieces = [result for result in group if isinstance(result, Piece)]
+            if pieces and waits:
                 for speaker in self.speakers:
                     which = speaker.index // self.n
                     yield speaker.say(self.texts[which], scored[which] if scored and self.texts[which] else [])
                     speaker.utf8.reset()  # what goes on is decoded by itself
                     speaker.offset = speaker.length
                 waits = False
-            self.written += len(result.tokens)
-            yield self.speakers[result.row].say(result.text, result.tokens, result.finished)
+            for row in dict.fromkeys(piece.row for piece in pieces):
+                own = [piece for piece in pieces if piece.row == row]
+                tokens = [token for piece in own for token in piece.tokens]
+                self.written += len(tokens)
+                yield self.speakers[row].say("".join(piece.text for piece in own), tokens, own[-1].finished)
 
     def usage(self) -> dict[str, int]:
         prompt = sum(map(len, self.prompts))

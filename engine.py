@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
+GATHER = 0.02  # seconds in which results are gathered
 DONE = object()  # after the last result
 Work = Callable[[Callable[[], bool]], Iterator[Any]]  # takes a function that says whether to stop, yields results
 
@@ -40,7 +41,9 @@ class Job:
 
     def __init__(self, engine: "Engine", work: Work):
         self.engine, self.work = engine, work
-        self.results: asyncio.Queue = asyncio.Queue()
+        self.made: deque[Any] = deque()  # results on their way out of the thread
+        self.looking = False  # whether the event loop is going to look there
+        self.results: asyncio.Queue[list[Any]] = asyncio.Queue()  # those that came together
         self.stopped = threading.Event()
 
     def __enter__(self) -> "Job":
@@ -53,7 +56,7 @@ class Job:
         """Ends the work; what it has given so far can still be read."""
         self.stopped.set()
         if self.engine.leave_queue(self):
-            self.results.put_nowait(DONE)
+            self.results.put_nowait([DONE])
 
     def close(self) -> None:
         """Ends the work, if it has not ended, for a reader who has left."""
@@ -61,29 +64,57 @@ class Job:
         self.engine.open.discard(self)
 
     async def __aiter__(self) -> AsyncIterator[Any]:
-        while (result := await self._next()) is not DONE:
-            yield result
+        async for group in self.groups():
+            for result in group:
+                yield result
+
+    async def groups(self) -> AsyncIterator[list[Any]]:
+        """The results, those that have come together at once."""
+        ended = None
+        while ended is None:
+            group, ended = await self._next()
+            if group:
+                yield group
+        if ended is not DONE:
+            raise ended
 
     async def batches(self, seconds: float) -> AsyncIterator[list[Any]]:
         """The results of each so many seconds, as they pass; of some there may be none."""
-        done = False
-        while not done:
+        ended = None
+        while ended is None:
             batch: list[Any] = []
-            try:
-                async with asyncio.timeout(seconds) as passing:
-                    while (result := await self._next()) is not DONE:
-                        batch.append(result)
-                    done = True
-            except TimeoutError:
-                if not passing.expired():  # the work's own
-                    raise
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    while ended is None:
+                        group, ended = await self._next()
+                        batch += group
             yield batch
+        if ended is not DONE:
+            raise ended
 
-    async def _next(self) -> Any:
-        result = await self.results.get()
-        if isinstance(result, Exception):
-            raise result
-        return result
+    async def _next(self) -> tuple[list[Any], Any]:
+        """Results, and what ended them: None, DONE or an exception."""
+        group = await self.results.get()
+        ends = group[-1] is DONE or isinstance(group[-1], Exception)
+        return (group[:-1], group[-1]) if ends else (group, None)
+
+    def give(self, result: Any) -> None:
+        """Called in the engine's thread. To wake the event loop for each token costs a small model half its speed."""
+        self.made.append(result)
+        if not self.looking:
+            self.looking = True
+            with suppress(RuntimeError):  # the event loop has ended, and nobody waits any more
+                self.engine.loop.call_soon_threadsafe(self._look)
+
+    def _look(self) -> None:
+        """Hands over what has come, and looks again soon; where nothing has, the thread calls."""
+        if not self.made:
+            self.looking = False
+            if not self.made:
+                return
+            self.looking = True  # something has come in between, and the thread did not call
+        self.results.put_nowait([self.made.popleft() for _ in range(len(self.made))])
+        self.engine.loop.call_later(GATHER, self._look)
 
 
 class Engine:
@@ -146,7 +177,7 @@ class Engine:
             self.queue.clear()
             for job in self.open:
                 job.stopped.set()
-                job.results.put_nowait(Closing("the server has shut down before the answer was finished", 5))
+                job.results.put_nowait([Closing("the server has shut down before the answer was finished", 5)])
 
     def end(self, timeout: float = 10.0) -> None:
         """Stops all work, waits that many seconds at most for the thread to end."""
@@ -168,7 +199,7 @@ class Engine:
             last = self._compute(job)
             with self.changed:
                 self.running = None  # before its reader can ask for more
-            self._hand_over(job, last)
+            job.give(last)
             del job, last  # or what they hold would stay until the next one comes
 
     def _compute(self, job: Job) -> Any:
@@ -177,7 +208,7 @@ class Engine:
         try:
             with self.context:
                 for result in job.work(job.stopped.is_set):
-                    self._hand_over(job, result)
+                    job.give(result)
                     if job.stopped.is_set():
                         break
             return DONE
@@ -187,7 +218,3 @@ class Engine:
             return RuntimeError(f"{type(error).__name__}: {error}")
         finally:
             self.seconds += (time.monotonic() - begun - self.seconds) / 8
-
-    def _hand_over(self, job: Job, result: Any) -> None:
-        with suppress(RuntimeError):  # the event loop has ended, and nobody waits any more
-            self.loop.call_soon_threadsafe(job.results.put_nowait, result)

@@ -211,7 +211,7 @@ def test_what_a_stopped_job_has_given_can_still_be_read():
         gate, never = Gate(results=1000), Gate()
         with engine.submit(gate) as running, engine.submit(never) as waiting:
             gate.open(2)
-            await until(lambda: running.results.qsize() == 2)
+            await until(lambda: gate.made == 2)
             for job in (running, waiting):
                 job.stop()
                 job.stop()
