@@ -1,7 +1,8 @@
 """Decoding for many who ask at once: one piece of work at a time, the others wait in a queue of bounded length.
 
 Notable choices:
-- One thread computes, and the event loop never does: a page and an API stay alive while a model writes.
+- The main thread computes, and the event loop has another: a page and an API stay alive while a model writes. The other
+  way round costs half of a small model's speed: in a thread that is not the first, OpenMP's go to sleep all the time.
 - A job is open from `submit` to the end of its `with` block, whose end stops it, whatever the reason: who hangs up
   leaves nothing behind. A job that waits leaves the queue at once, one that runs ends before its next token.
 """
@@ -99,9 +100,9 @@ class Job:
         return (group[:-1], group[-1]) if ends else (group, None)
 
     def give(self, result: Any) -> None:
-        """Called in the engine's thread. To wake the event loop for each token costs a small model half its speed."""
+        """Called by `Engine.run`. To wake the event loop for each token costs a tenth of a small model's speed."""
         self.made.append(result)
-        if not self.looking:
+        if not self.looking or result is DONE:  # the end does not wait
             self.looking = True
             with suppress(RuntimeError):  # the event loop has ended, and nobody waits any more
                 self.engine.loop.call_soon_threadsafe(self._look)
@@ -118,8 +119,8 @@ class Job:
 
 
 class Engine:
-    """The thread that computes, in `context` (a model's autocast), and the queue before it. Call it from one event
-    loop only."""
+    """The queue, and `run`, which computes what is in it, in `context` (a model's autocast). All else is to be called
+    from one event loop only."""
 
     def __init__(self, context: AbstractContextManager, max_waiting: int):
         """`max_waiting`: jobs that may wait for the one that runs."""
@@ -130,8 +131,6 @@ class Engine:
         self.seconds = 1.0  # what a job takes, a mean over the newest
         self.closing = self.ended = False
         self.changed = threading.Condition()
-        self.thread = threading.Thread(target=self._run, name="decode", daemon=True)
-        self.thread.start()
 
     def submit(self, work: Work) -> Job:
         """Takes work into the queue. Full or Closing where it is not taken."""
@@ -179,17 +178,17 @@ class Engine:
                 job.stopped.set()
                 job.results.put_nowait([Closing("the server has shut down before the answer was finished", 5)])
 
-    def end(self, timeout: float = 10.0) -> None:
-        """Stops all work, waits that many seconds at most for the thread to end."""
+    def end(self) -> None:
+        """Stops all work: `run` returns before its next result."""
         with self.changed:
             self.closing = self.ended = True
             for job in (*self.open, *([self.running] if self.running else [])):
                 job.stopped.set()
             self.queue.clear()
             self.changed.notify()
-        self.thread.join(timeout)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Computes, until `end` is called."""
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.queue or self.ended)
@@ -214,7 +213,7 @@ class Engine:
             return DONE
         except Exception as error:  # one request's, whose reader raises it; the next has nothing to do with it
             return error
-        except BaseException as error:  # such as a panic in a tokenizer's Rust, which must not end the thread
+        except BaseException as error:  # such as a panic in a tokenizer's Rust, which must not end all
             return RuntimeError(f"{type(error).__name__}: {error}")
         finally:
             self.seconds += (time.monotonic() - begun - self.seconds) / 8

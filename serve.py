@@ -35,6 +35,7 @@ import logging
 import os
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import checkpoint
@@ -59,7 +60,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, *_, address = found[0]
-        return socket.create_server(address, family=family, backlog=1024)
+        listener = socket.create_server(address, family=family, backlog=1024)
+        # inherited by each connection; without it, what is written in two pieces waits 40 ms for the client's receipt
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"host={host}, port={port}: {reason}; choose another --port or --host") from None
@@ -89,15 +93,9 @@ def named(c: Config) -> str:
     return c.name or source.resolve().name or "model"
 
 
-async def serve(server, engine: Engine, listener: socket.socket, welcome: str, grace: float) -> int:
-    """Answers until a signal comes, then finishes what was accepted; the signal's number. `server` is uvicorn's;
-    `welcome` is told once it answers."""
-    signals: list[int] = []
-
-    def leave(number: int, _: object) -> None:
-        signals.append(number)
-        engine.close()
-        server.should_exit = server.force_exit = len(signals) > 1
+async def serve(server, engine: Engine, listener: socket.socket, welcome: str, grace: float) -> None:
+    """Answers until the engine is closed, then finishes what was accepted. `server` is uvicorn's; `welcome` is told
+    once it answers."""
 
     async def finish() -> None:
         while not (server.started or engine.closing):
@@ -117,9 +115,10 @@ async def serve(server, engine: Engine, listener: socket.socket, welcome: str, g
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         server.should_exit = True
 
-    server.handle_exit = leave
-    await asyncio.gather(server.serve(sockets=[listener]), finish())
-    return signals[0]
+    try:
+        await asyncio.gather(server.serve(sockets=[listener]), finish())
+    finally:
+        engine.end()
 
 
 @memory_error_told("take a smaller model, or --quantize=bf16")
@@ -150,9 +149,20 @@ def main(c: Config) -> None:
     app = mount_page(app, engine, model, tokenizer, template, named(c), folder, **limits)
     # once the work is done, what is still open are pages that listen for news
     how = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
-    number = asyncio.run(serve(uvicorn.Server(how), engine, listener, welcome(listener), c.grace))
-    engine.end()
-    if number == signal.SIGINT:
+    server, signals = uvicorn.Server(how), []
+
+    def leave(number: int, _: object) -> None:
+        signals.append(number)
+        engine.close()
+        server.should_exit = server.force_exit = len(signals) > 1
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+    with ThreadPoolExecutor(1, "http") as pool:
+        serving = pool.submit(asyncio.run, serve(server, engine, listener, welcome(listener), c.grace))
+        engine.run()
+        serving.result()
+    if signals[:1] == [signal.SIGINT]:
         raise KeyboardInterrupt
 
 

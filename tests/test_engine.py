@@ -38,9 +38,23 @@ def numbers(n: int):
     return lambda stopped: iter(range(n))
 
 
+def started(context=None, max_waiting: int = 10) -> Engine:
+    """An engine that runs, in a `thread` of its own here."""
+    engine = Engine(context or nullcontext(), max_waiting)
+    engine.thread = threading.Thread(target=engine.run, daemon=True)
+    engine.thread.start()
+    return engine
+
+
+def ended(engine: Engine) -> None:
+    engine.end()
+    engine.thread.join(WAIT)
+    assert not engine.thread.is_alive() and engine.running is None
+
+
 def check(scenario, max_waiting: int = 10, context=None):
     """Runs `scenario(engine)` in an event loop; afterwards nothing may be left."""
-    engine = Engine(context or nullcontext(), max_waiting)
+    engine = started(context, max_waiting)
 
     async def run() -> None:
         async with asyncio.timeout(WAIT):
@@ -50,8 +64,7 @@ def check(scenario, max_waiting: int = 10, context=None):
         asyncio.run(run())
         assert not engine.open and not engine.queue
     finally:
-        engine.end()
-    assert not engine.thread.is_alive() and engine.running is None
+        ended(engine)
 
 
 async def results_of(job) -> list:
@@ -307,8 +320,8 @@ def test_the_end_stops_what_runs_and_drops_what_waits():
 
         with engine.submit(work), engine.submit(numbers(1)):
             await happens(going)
-            engine.end(WAIT)
-            assert not engine.thread.is_alive() and not engine.queue
+            await asyncio.to_thread(ended, engine)
+            assert not engine.queue
         with pytest.raises(Closing):
             engine.submit(numbers(1))
 
@@ -316,7 +329,7 @@ def test_the_end_stops_what_runs_and_drops_what_waits():
 
 
 def test_a_job_of_which_nobody_reads_the_rest_harms_nothing_when_the_loop_has_ended():
-    engine, gate = Engine(nullcontext(), 4), Gate(results=3)
+    engine, gate = started(), Gate(results=3)
 
     async def leave() -> None:
         engine.submit(gate)
@@ -325,8 +338,7 @@ def test_a_job_of_which_nobody_reads_the_rest_harms_nothing_when_the_loop_has_en
     asyncio.run(leave())
     gate.open()
     assert gate.ended.wait(WAIT)
-    engine.end()
-    assert not engine.thread.is_alive()
+    ended(engine)
 
 
 def test_work_is_done_in_the_engines_thread_and_context():
