@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from configurator import UserError, tell
 from device import is_memory_error
 from engine import Engine, Full, Job, Refused
-from generate import Piece, Sampling, Token, prompt_ids, score, stream
+from generate import Piece, Sampling, Token, beginning, score, stream
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -312,7 +312,7 @@ class Completions:
         self.written = 0  # tokens
 
     def encoded(self, prompt: str | list[int]) -> list[int]:
-        ids = prompt_ids(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+        ids = beginning(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         if len(ids) > (context := self.model.config.block_size):
             message = f"the prompt has {len(ids):,} tokens, and the model's context holds {context:,}: shorten it"
             raise Failure(400, message, "prompt", "context_length_exceeded")
@@ -326,7 +326,7 @@ class Completions:
         """For the engine: with echo and logprobs each prompt's tokens, and then pieces."""
         if self.asked.echo and self.asked.logprobs is not None:
             for ids in self.prompts:
-                yield [Token(ids[0]), *score(self.model, ids, self.asked.logprobs)]
+                yield [Token(ids[0]), *score(self.model, ids, self.asked.logprobs, self.tokenizer.vocab_size)]
         rows = [ids for ids in self.prompts for _ in range(self.n)]
         yield from stream(
             self.model, self.tokenizer, rows, self.sampling, logprobs=self.asked.logprobs, stopped=stopped

@@ -191,7 +191,8 @@ class Engine:
         """Computes, until `end` is called."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.queue or self.ended)
+                while not (self.queue or self.ended):
+                    self.changed.wait(0.2)  # without a timeout, Windows would not wake up for Ctrl-C
                 if self.ended:
                     return
                 job = self.running = self.queue.popleft()

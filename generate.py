@@ -94,6 +94,17 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return [tokenizer.end_of_text]
 
 
+def beginning(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """As `prompt_ids`, but without an end-of-text token an empty prompt becomes a line break, with which nanoGPT's
+    samples begin, too."""
+    if prompt or tokenizer.end_of_text is not None:
+        return prompt_ids(tokenizer, prompt)
+    try:
+        return prompt_ids(tokenizer, "\n")
+    except UserError:
+        raise UserError("this model cannot begin a text from nothing: give it a beginning") from None
+
+
 def titled(template: str, title: str) -> str:
     """What stands before the content in a document of this title."""
     if not has_title(template):
@@ -259,7 +270,11 @@ def stream(
         if s.repetition_penalty != 1:
             seen.scatter_(1, chosen, True)
         drawn = chosen[:, 0].tolist()
-        tokens = [Token(id) for id in drawn] if logprobs is None else _with_logprobs(raw, chosen, logprobs)
+        tokens = (
+            [Token(id) for id in drawn]
+            if logprobs is None
+            else _with_logprobs(raw, chosen, logprobs, tokenizer.vocab_size)
+        )
         for row, writer in enumerate(writers):
             if writer.finished:
                 continue
@@ -274,9 +289,9 @@ def stream(
 
 
 @torch.inference_mode()
-def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, alternatives: int) -> list[Token]:
-    logprobs = logits.log_softmax(-1)  # [rows, vocab_size]
-    values, ids = logprobs.topk(min(alternatives, logprobs.size(-1)))
+def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, alternatives: int, vocab_size: int) -> list[Token]:
+    logprobs = logits.log_softmax(-1)  # [rows, the model's vocab_size]
+    values, ids = logprobs[:, :vocab_size].topk(min(alternatives, vocab_size))  # what it is padded with has no text
     own = logprobs.gather(1, chosen)[:, 0].tolist()
     return [
         Token(id, logprob, tuple(zip(top, their, strict=True)))
@@ -285,8 +300,9 @@ def _with_logprobs(logits: torch.Tensor, chosen: torch.Tensor, alternatives: int
 
 
 @torch.inference_mode()
-def score(model: GPT, ids: Sequence[int], alternatives: int = 0) -> list[Token]:
+def score(model: GPT, ids: Sequence[int], alternatives: int, vocab_size: int) -> list[Token]:
     """How probable the model finds each of `ids` but the first, given those before it; len(ids) - 1 tokens.
+    `vocab_size` is the tokenizer's: alternatives are among its tokens.
 
     A text longer than the context is read in windows that overlap by half, so that each token past the first window is
     predicted from at least block_size / 2 of those before it. UserError for a model that diverged.
@@ -300,7 +316,7 @@ def score(model: GPT, ids: Sequence[int], alternatives: int = 0) -> list[Token]:
         idx = torch.tensor([window], device=device)
         logits = model(idx[:, :-1], idx[:, 1:])[0][0, new:].float()  # [tokens, vocab_size]
         _check_finite(logits.amax(-1))
-        tokens += _with_logprobs(logits, idx[0, new + 1 :, None], alternatives)
+        tokens += _with_logprobs(logits, idx[0, new + 1 :, None], alternatives, vocab_size)
     return tokens
 
 

@@ -10,8 +10,9 @@ SHADES = (0.5, 0.2, 0.05, 0.01)  # a token that is at least this probable has th
 
 
 def said(text: str, ended: bool = False) -> str:
-    """HTML of a line; a screen reader reads it out where the work has ended, and not while it counts."""
-    return f'<p class="status" role="status" aria-live="{"polite" if ended else "off"}">{escape(text)}</p>'
+    """HTML of a line; while it still counts, a screen reader does not see it."""
+    hidden = "" if ended else ' aria-hidden="true"'
+    return f'<p class="status"{hidden}>{escape(text)}</p>'
 
 
 def percent(logprob: float) -> str:

@@ -25,7 +25,7 @@ from fastapi import FastAPI
 
 from configurator import UserError, tell
 from engine import Engine, Full, Job, Refused, Work
-from generate import Sampling, Token, has_title, prompt_ids, score, stream, titled
+from generate import Piece, Sampling, Token, beginning, has_title, score, stream, titled
 from history import History, thinned
 from markup import coloured, said
 from model import GPT
@@ -49,6 +49,11 @@ DARKER = {
     "input_placeholder_color": "*neutral_500",
     "input_placeholder_color_dark": "*neutral_400",
 }
+# the language is told to screen readers, and where the status line is, which they read out once it has ended
+TOLD = """(lang) => {
+  document.documentElement.lang = lang;
+  document.getElementById("status").setAttribute("role", "status");
+}"""
 # the clipboard's own interface is there on https and on localhost alone
 COPY = """(text) => {
   if (navigator.clipboard) navigator.clipboard.writeText(text);
@@ -101,6 +106,7 @@ class Page:
         self.name, self.samples, self.max_tokens = name, min(STORIES, max_rows), max_tokens
         self.history, self.reading, self.version = History(folder), threading.Lock(), 0
         self.jobs: dict[str, Job] = {}  # of each page that is open
+        self.writers: dict[str, Job] = {}  # those of them that fill the stories' boxes
         keyed = {lang: {KEY + key: text for key, text in words(lang).items()} for lang in ("zh", "en")}
         self.i18n = gr.I18n(**keyed)
         self.worded: list[tuple[Any, dict[str, str]]] = []  # components, and which words which of their properties are
@@ -124,31 +130,34 @@ class Page:
     def build(self) -> gr.Blocks:
         quiet = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
         anew = quiet | {"trigger_mode": "multiple"}  # of two that are asked for, the second one ends the first
+        soon = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}  # however many write
         with gr.Blocks(title=f"微GPT · {self.name}", analytics_enabled=False) as blocks:
             lang = gr.BrowserState("", storage_key="weigpt-language", secret="none")
             with gr.Row(elem_id="head"):
                 gr.HTML(f"<h1>微GPT · {escape(self.name)}</h1>")
                 switch = self.add(gr.Button, size="sm", elem_id="switch", worded={"value": "switch"})
             with self.add(gr.Tab, worded={"label": "write_tab"}) as write_tab:
-                self.build_writing(lang, quiet, anew)
+                self.build_writing(lang, anew, soon)
             with self.add(gr.Tab, worded={"label": "tokens_tab"}) as tokens_tab:
                 self.build_tokens(lang, quiet, anew)
             with self.add(gr.Tab, worded={"label": "run_tab"}) as run_tab:
                 timer, look = self.build_run(lang, quiet)
-            run_tab.select(lambda: gr.Timer(active=True), None, timer, **quiet)
+            run_tab.select(lambda: gr.Timer(active=True), None, timer, **soon)
             run_tab.select(**look)
             for tab in (write_tab, tokens_tab):
-                tab.select(lambda: gr.Timer(active=False), None, timer, **quiet)
+                tab.select(lambda: gr.Timer(active=False), None, timer, **soon)
             parts = [component for component, _ in self.worded]
-            begun = blocks.load(self.begin, lang, [lang, *parts], **quiet)
-            switched = switch.click(self.switch, lang, [lang, *parts], **quiet)
+            begun = blocks.load(self.begin, lang, [lang, *parts], **soon)
+            switched = switch.click(self.switch, lang, [lang, *parts], **soon)
             for event in (begun, switched):
-                event.then(None, lang, None, js="(lang) => { document.documentElement.lang = lang }")
+                event.then(None, lang, None, js=TOLD)
             switched.then(**look)
             blocks.unload(self.halt)
+        blocks.max_threads += self.engine.max_waiting  # events at a time: who waits to write is one
+        blocks.queue()
         return blocks
 
-    def build_writing(self, lang: Any, quiet: dict[str, Any], anew: dict[str, Any]) -> None:
+    def build_writing(self, lang: Any, anew: dict[str, Any], soon: dict[str, Any]) -> None:
         most = min(1000, self.max_tokens)
         with gr.Row():
             with gr.Column(scale=2, elem_id="left"):
@@ -203,12 +212,12 @@ class Page:
                             go_on = self.add(**button, size="sm", elem_id=f"go-on-{k}", worded={"value": "go_on"})
                     groups.append(group), stories.append(story)
                     copied = copy.click(None, story, None, js=COPY.replace("BOX", f"#story-{k} textarea"))
-                    copied.then(partial(self.copied, f"story_{k}"), lang, status, **quiet)
+                    copied.then(partial(self.copied, f"story_{k}"), lang, status, **soon)
                     go_on.click(self.go_on, [lang, story, *settings], [status, story], **anew)
         asked = [lang, title, opening, samples, *settings]
         for event in (write.click, title.submit):
             event(self.write, asked, [status, *groups, *stories], **anew)
-        stop.click(self.halt, **quiet)
+        stop.click(self.halt, **soon)
         self.first_story = stories[0]
 
     def build_tokens(self, lang: Any, quiet: dict[str, Any], anew: dict[str, Any]) -> None:
@@ -265,16 +274,19 @@ class Page:
     # ---- the work
 
     @contextmanager
-    def job(self, work: Work, request: gr.Request) -> Iterator[Job]:
+    def job(self, work: Work, request: gr.Request, writes: bool = False) -> Iterator[Job]:
         """The work of this page, in place of what it did before."""
         self.stop(request)
+        page, kinds = request.session_hash, (self.jobs, self.writers) if writes else (self.jobs,)
         with self.engine.submit(work) as job:
-            self.jobs[request.session_hash] = job
+            for kind in kinds:
+                kind[page] = job
             try:
                 yield job
             finally:
-                if self.jobs.get(request.session_hash) is job:
-                    del self.jobs[request.session_hash]
+                for kind in kinds:
+                    if kind.get(page) is job:
+                        del kind[page]
 
     async def halt(self, request: gr.Request) -> None:
         """Ends the page's work: no token more."""
@@ -319,20 +331,26 @@ class Page:
                 temperature=temperature, repetition_penalty=penalty,
                 seed=secrets.randbelow(10**6) if seed is None or seed < 0 else int(seed),
             )  # fmt: skip
-            begin_with = "\n" if self.tokenizer.end_of_text is None else ""  # what begins a text from nothing
-            ids = await asyncio.to_thread(prompt_ids, self.tokenizer, prompts[0] or begin_with)
-            unseen = said_in["unseen"].format(context=self.context) if len(ids) > self.context else ""
+            unseen = ""
 
             def figures() -> str:
                 seconds = time.perf_counter() - begun
                 return said_in["figures"].format(seconds=seconds, tokens=tokens, seed=sampling.seed) + unseen
 
-            def work(stopped) -> Iterator:
-                return stream(self.model, self.tokenizer, [ids] * len(prompts), sampling, first=first, stopped=stopped)
+            def work(stopped) -> Iterator[int | Piece]:
+                ids = beginning(self.tokenizer, prompts[0])
+                yield len(ids)
+                rows = [ids] * len(prompts)
+                yield from stream(self.model, self.tokenizer, rows, sampling, first=first, stopped=stopped)
 
-            with self.job(work, request) as job:
+            with self.job(work, request, writes=True) as job:
                 yield said(said_in["running"] + figures()), list(texts)
                 async for batch in job.batches(EVERY):
+                    if self.writers.get(request.session_hash) is not job:
+                        return  # the boxes are the next work's by now
+                    if batch and isinstance(batch[0], int):
+                        read = batch.pop(0)
+                        unseen = said_in["unseen"].format(context=self.context) if read > self.context else ""
                     grown = {piece.row for piece in batch}
                     for piece in batch:
                         texts[piece.row] += piece.text
@@ -342,33 +360,32 @@ class Page:
                         now = said_in["waiting"].format(ahead=ahead, seconds=time.perf_counter() - begun)
                     yield said(now), [texts[k] if k in grown else gr.skip() for k in range(len(texts))]
                 ended = said_in["stopped" if job.stopped.is_set() else "done"]
-            if request.session_hash not in self.jobs:  # else the boxes are the next work's by now
+            if request.session_hash not in self.writers:
                 yield said(ended + figures(), ended=True), list(texts)
         except Exception as error:
             yield said(reason(error, said_in), ended=True), unchanged
 
     async def show(self, request: gr.Request, lang: str, text: str) -> str:
         """HTML of a text's tokens in the colours of their probabilities."""
-        said_in, end = words(lang), self.tokenizer.end_of_text
-        try:
-            ids = (await asyncio.to_thread(self.tokenizer.encode_prompt, text)).tolist()
-            if not ids:
-                return ""
+        said_in = words(lang)
+
+        def work(_) -> Iterator[tuple[list[Token], bool]]:
+            ids, end = self.tokenizer.encode_prompt(text).tolist(), self.tokenizer.end_of_text
             # what begins a text is what ended the one before
             shown, before = ids[-SCORED:], ids[-SCORED - self.context : -SCORED] or ([] if end is None else [end])
+            tokens = score(self.model, before + shown, ALTERNATIVES, self.tokenizer.vocab_size)
+            yield tokens[-len(shown) :] if before else [Token(shown[0]), *tokens], len(ids) > SCORED
 
-            def work(_) -> Iterator[list[Token]]:
-                yield score(self.model, before + shown, ALTERNATIVES)
-
+        try:
             with self.job(work, request) as job:
-                results = [result async for result in job]
-            if not results:  # the page's next work came before this one's turn
-                return gr.skip()
+                results = [result async for result in job] if text else []
         except Exception as error:
             return said(reason(error, said_in), ended=True)
-        tokens = results[0][-len(shown) :] if before else [Token(shown[0]), *results[0]]
-        cut = said_in["cut"].format(shown=SCORED) if len(ids) > SCORED else ""
-        return coloured(tokens, self.tokenizer, said_in, cut)
+        if not results:  # nothing to show, or the page's next work came before this one's turn
+            return gr.skip() if text else ""
+        [(tokens, is_cut)] = results
+        note = said_in["cut"].format(shown=SCORED) if is_cut else ""
+        return await asyncio.to_thread(coloured, tokens, self.tokenizer, said_in, note)
 
     # ---- the run
 
@@ -377,20 +394,21 @@ class Page:
 
     async def look(self, lang: str, against: str, seen: int) -> list[Any]:
         """The run's curves and samples, if there is anything that this page has not seen."""
+        return await asyncio.to_thread(self.shown_run, lang, against, seen)
 
-        def refresh() -> int:
-            with self.reading:  # the log is one, the pages are many
-                try:
-                    self.version += self.history.refresh()
-                except OSError as error:
-                    tell(f"warning: {self.history.path}: {error.strerror}")
-                return self.version
+    def shown_run(self, lang: str, against: str, seen: int) -> list[Any]:
+        with self.reading:  # the log is one, the pages are many
+            try:
+                self.version += self.history.refresh()
+            except OSError as error:
+                tell(f"warning: {self.history.path}: {error.strerror}")
+            if self.version == seen:
+                return [gr.skip()] * 6
+            return [self.version, *self.drawn_run(words(lang), against)]
 
-        version = await asyncio.to_thread(refresh)
-        if version == seen:
-            return [gr.skip()] * 6
-        said_in, curve = words(lang), self.history.curve
-        x_title = said_in[against]
+    def drawn_run(self, said_in: dict[str, str], against: str) -> list[Any]:
+        """The summary, three plots, and the samples along the way."""
+        curve, x_title = self.history.curve, said_in[against]
         losses = [frame(curve(key, against), said_in[word]) for key, word in (("loss", "train"), ("val_loss", "val"))]
         plots = [gr.LinePlot(pd.concat(losses), x_title=x_title, y_title=said_in["loss"], color_title=" ")]
         for key, word in (("lr", "lr"), ("tokens_per_second", "speed")):
@@ -407,7 +425,7 @@ class Page:
             at = said_in["drawn_at"].format(iter=f"{sample.iter:,}")
             drawn += f'<div class="drawn"><b>{at}</b>\n{escape(sample.text)}</div>'
         samples = f"<h3>{said_in['drawn']}</h3>{drawn}" if drawn else ""
-        return [version, said(about, ended=True), *plots, samples]
+        return [said(about, ended=True), *plots, samples]
 
 
 def frame(curve: tuple[Any, Any], name: str) -> pd.DataFrame:

@@ -19,7 +19,7 @@ host = "127.0.0.1"  # this machine alone; 0.0.0.0 for all who can reach it
 port = 8000  # 0 for any that is free
 api_key = ""  # what clients must send as a bearer token, and people type as the password to see the page
 # How much at once
-max_waiting = 16  # requests that wait while one is answered; more are refused
+max_waiting = 64  # requests that wait while one is answered; more are refused
 max_samples = 16  # texts that a request may ask for
 max_tokens = 2048  # tokens in each
 grace = 30.0  # seconds in which what was accepted may still be finished, after SIGTERM or Ctrl-C
@@ -86,11 +86,10 @@ def welcome(listener: socket.socket) -> str:
     return f"a page to write in: http://{here}:{port}{others} (Ctrl-C ends it)"
 
 
-def named(c: Config) -> str:
-    """The model's name: the one given, else that of the folder it comes from."""
+def folder_of(c: Config) -> Path:
+    """Where the model comes from, which is where its run's log is."""
     source = Path(c.out_dir if c.init_from == "resume" else c.init_from)
-    source = source.parent if source.suffix == ".pt" else source
-    return c.name or source.resolve().name or "model"
+    return source.parent if source.suffix == ".pt" else source
 
 
 async def serve(server, engine: Engine, listener: socket.socket, welcome: str, grace: float) -> None:
@@ -143,10 +142,10 @@ def main(c: Config) -> None:
     if not (is_this_machine(c.host) or c.api_key):
         note(f"warning: host={c.host}: whoever can reach this machine can use the model; --api_key=KEY asks for a key")
     engine = Engine(autocast(c.device, c.dtype), c.max_waiting)
+    name = c.name or folder_of(c).resolve().name or "model"
     limits = {"max_rows": c.max_samples, "max_tokens": c.max_tokens, "api_key": c.api_key}
-    app = create_app(engine, model, tokenizer, named(c), **limits)
-    folder = Path(c.out_dir if c.init_from == "resume" else c.init_from)
-    app = mount_page(app, engine, model, tokenizer, template, named(c), folder, **limits)
+    app = create_app(engine, model, tokenizer, name, **limits)
+    app = mount_page(app, engine, model, tokenizer, template, name, folder_of(c), **limits)
     # once the work is done, what is still open are pages that listen for news
     how = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
     server, signals = uvicorn.Server(how), []

@@ -12,6 +12,7 @@ from generate import (
     STEP,
     Sampling,
     Writer,
+    beginning,
     choose,
     continuations,
     draw,
@@ -276,7 +277,7 @@ def test_scores_are_those_of_reading_each_window_by_itself(block_size, length):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.3)
     ids = torch.randint(CHARS.vocab_size, (length,)).tolist()
-    told = score(model, ids, 2)
+    told = score(model, ids, 2, CHARS.vocab_size)
     assert [token.id for token in told] == ids[1:]
     step = max(1, block_size // 2)
     for at, token in enumerate(told, 1):
@@ -306,13 +307,38 @@ def test_scores_are_those_of_transformers_and_alternatives_change_nothing():
     with torch.no_grad():
         expected = theirs(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
     expected = expected.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-    plain = [token.logprob for token in score(ours, ids)]
+    plain = [token.logprob for token in score(ours, ids, 0, 60)]
     assert plain == pytest.approx(expected, abs=1e-4)
     for alternatives in (1, 5, 60, 1000):
-        told = score(ours, ids, alternatives)
+        told = score(ours, ids, alternatives, 60)
         assert [token.logprob for token in told] == plain
         assert all(len(token.top) == min(alternatives, 60) for token in told)
-    assert all(token.top == () for token in score(ours, ids))
+    assert all(token.top == () for token in score(ours, ids, 0, 60))
+
+
+def test_what_a_vocabulary_is_padded_with_is_no_alternative():
+    """Such ids have no text, whatever the model thinks of them."""
+    size = BYTES.vocab_size
+    model = model_for(BYTES, padding=7)
+    with torch.no_grad():
+        model.lm_head.weight[size:] = 3 * model.lm_head.weight[:7].abs()  # tied: the last layer's norm is made positive
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias = torch.nn.Parameter(torch.ones(model.config.n_embd))
+    assert model(torch.tensor([[1, 2]]))[0][0, -1].argmax() >= size
+    sampling = Sampling(max_new_tokens=9, temperature=0)
+    drawn = [token for piece in stream(model, BYTES, ["天"], sampling, logprobs=5) for token in piece.tokens]
+    for token in (*score(model, [1, 2, 3], 5, size), *drawn):
+        assert len(token.top) == 5 and all(id < size for id, _ in token.top)
+        assert BYTES.pieces([id for id, _ in token.top])
+
+
+def test_an_empty_beginning_without_an_end_of_text_token_is_a_line_break():
+    assert beginning(BYTES, "") == [BYTES.end_of_text] and beginning(BYTES, "天") == prompt_ids(BYTES, "天")
+    with_break = CharTokenizer("\nab", byte_fallback=False, end_of_text=False)
+    assert beginning(with_break, "") == [0] and beginning(with_break, "b") == [2]
+    without = CharTokenizer("ab", byte_fallback=False, end_of_text=False)
+    with pytest.raises(UserError, match="cannot begin a text from nothing"):
+        beginning(without, "")
 
 
 def test_a_model_that_diverged_has_no_scores():
@@ -320,7 +346,7 @@ def test_a_model_that_diverged_has_no_scores():
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(math.nan)
     with pytest.raises(UserError, match="not finite"):
-        score(model, [1, 2, 3])
+        score(model, [1, 2, 3], 0, CHARS.vocab_size)
 
 
 def test_a_title_stands_where_the_layout_has_it():

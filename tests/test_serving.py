@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -17,7 +18,7 @@ from conftest import run_script
 from serving import Served, serving, write_run
 
 from generate import Sampling, continuations
-from serve import is_this_machine
+from serve import folder_of, is_this_machine
 from tokenizer import CharTokenizer
 
 pytest.importorskip("gradio")
@@ -124,6 +125,11 @@ def test_two_hundred_who_hang_up_leave_nothing_behind(folder):
         assert not any("warning" in line or "Traceback" in line for line in served.said)
 
 
+def test_a_runs_log_is_looked_for_where_its_checkpoint_lies():
+    for init_from, folder in (("resume", "out-x"), ("runs/a/ckpt.pt", "runs/a"), ("runs/a", "runs/a")):
+        assert folder_of(SimpleNamespace(init_from=init_from, out_dir="out-x")) == Path(folder)
+
+
 # ending
 
 
@@ -140,6 +146,7 @@ def test_what_was_accepted_is_finished_after_sigterm(folder):
             thread.start()
         until(lambda: served.health()["open"] == 8, "not all were accepted")
         served.process.send_signal(signal.SIGTERM)
+        until(lambda: served.health()["status"] == "closing", "SIGTERM was not heard")
         refused = 0
         while served.process.poll() is None:
             try:
