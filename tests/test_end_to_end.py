@@ -93,7 +93,8 @@ def test_every_command_of_the_readme(tmp_path):
         python = f"{shlex.quote(sys.executable)} "
         if "-m venv" in command or "-m pip" in command:
             for file in re.findall(r"-r (\S+)", command):  # what pip is asked for: `make test` has installed it
-                assert all(re.match(r"[-a-z_0-9]+([=>]=[\d.]+)?(\s+#.*)?$|-r |#|$", x) for x in (clone / file).open())
+                line = re.compile(r"[-a-z_0-9]+([=>]=[\d.]+(,<[\d.]+)?)?(\s+#.*)?$|-r |#|$")
+                assert all(line.match(x) for x in (clone / file).open())
             continue
         if any(word in command for word in HUB) or command.endswith("out-shakespeare"):
             keys_parse(command, clone)
