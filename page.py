@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -106,7 +106,8 @@ class Page:
         self.name, self.samples, self.max_tokens = name, min(STORIES, max_rows), max_tokens
         self.history, self.reading, self.version = History(folder), threading.Lock(), 0
         self.jobs: dict[str, Job] = {}  # of each page that is open
-        self.writers: dict[str, Job] = {}  # those of them that fill the stories' boxes
+        self.turns: dict[str, object] = {}  # the newest turn at each page's stories
+        self.filling: dict[str, asyncio.Lock] = {}  # and what lets one after the other fill them
         keyed = {lang: {KEY + key: text for key, text in words(lang).items()} for lang in ("zh", "en")}
         self.i18n = gr.I18n(**keyed)
         self.worded: list[tuple[Any, dict[str, str]]] = []  # components, and which words which of their properties are
@@ -152,7 +153,7 @@ class Page:
             for event in (begun, switched):
                 event.then(None, lang, None, js=TOLD)
             switched.then(**look)
-            blocks.unload(self.halt)
+            blocks.unload(self.leave)
         blocks.max_threads += self.engine.max_waiting  # events at a time: who waits to write is one
         blocks.queue()
         return blocks
@@ -274,23 +275,26 @@ class Page:
     # ---- the work
 
     @contextmanager
-    def job(self, work: Work, request: gr.Request, writes: bool = False) -> Iterator[Job]:
+    def job(self, work: Work, request: gr.Request) -> Iterator[Job]:
         """The work of this page, in place of what it did before."""
         self.stop(request)
-        page, kinds = request.session_hash, (self.jobs, self.writers) if writes else (self.jobs,)
         with self.engine.submit(work) as job:
-            for kind in kinds:
-                kind[page] = job
+            self.jobs[request.session_hash] = job
             try:
                 yield job
             finally:
-                for kind in kinds:
-                    if kind.get(page) is job:
-                        del kind[page]
+                if self.jobs.get(request.session_hash) is job:
+                    del self.jobs[request.session_hash]
 
     async def halt(self, request: gr.Request) -> None:
         """Ends the page's work: no token more."""
         self.stop(request)
+
+    async def leave(self, request: gr.Request) -> None:
+        """A page is closed."""
+        self.stop(request)
+        for kind in (self.turns, self.filling):
+            kind.pop(request.session_hash, None)
 
     def stop(self, request: gr.Request) -> None:
         if job := self.jobs.get(request.session_hash):
@@ -322,6 +326,20 @@ class Page:
         self, lang: str, prompts: list[str], first: int, settings: Sequence[float | None], request: gr.Request
     ) -> AsyncIterator[tuple[str, list[Any]]]:
         """What to show while texts grow: the status, and each text where it has changed. Row k is sample first + k."""
+        page, turn = request.session_hash, object()
+        self.turns[page] = turn
+        self.stop(request)
+        # what the turn before has said must have reached the page before this one says anything
+        growing = self.growing(lang, prompts, first, settings, request)
+        async with self.filling.setdefault(page, asyncio.Lock()), aclosing(growing):
+            async for shown in growing:
+                if self.turns.get(page) is not turn:  # the boxes are the next one's by now
+                    return
+                yield shown
+
+    async def growing(
+        self, lang: str, prompts: list[str], first: int, settings: Sequence[float | None], request: gr.Request
+    ) -> AsyncIterator[tuple[str, list[Any]]]:
         said_in, texts, begun, tokens = words(lang), list(prompts), time.perf_counter(), 0
         unchanged = [gr.skip()] * len(prompts)
         length, top_k, top_p, temperature, penalty, seed = settings
@@ -343,11 +361,9 @@ class Page:
                 rows = [ids] * len(prompts)
                 yield from stream(self.model, self.tokenizer, rows, sampling, first=first, stopped=stopped)
 
-            with self.job(work, request, writes=True) as job:
+            with self.job(work, request) as job:
                 yield said(said_in["running"] + figures()), list(texts)
                 async for batch in job.batches(EVERY):
-                    if self.writers.get(request.session_hash) is not job:
-                        return  # the boxes are the next work's by now
                     if batch and isinstance(batch[0], int):
                         read = batch.pop(0)
                         unseen = said_in["unseen"].format(context=self.context) if read > self.context else ""
@@ -360,8 +376,7 @@ class Page:
                         now = said_in["waiting"].format(ahead=ahead, seconds=time.perf_counter() - begun)
                     yield said(now), [texts[k] if k in grown else gr.skip() for k in range(len(texts))]
                 ended = said_in["stopped" if job.stopped.is_set() else "done"]
-            if request.session_hash not in self.writers:
-                yield said(ended + figures(), ended=True), list(texts)
+            yield said(ended + figures(), ended=True), list(texts)
         except Exception as error:
             yield said(reason(error, said_in), ended=True), unchanged
 
