@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 
-from configurator import UserError, note, user_errors
+from configurator import Config, UserError, note, user_errors
+from device import choose_device, choose_dtype
 from loader import dataset_folder
 from model import GPT, GPTConfig
+from quantize import check_quantize, quantize
 from tokenizer import GPT2Tokenizer, Tokenizer, hf_tokenizer, load_tokenizer, read_meta, tokenizer_from_meta
 
 STATES = ("last.pt", "last.prev.pt")  # complete ones, beside the numbered
@@ -254,18 +256,25 @@ def pretrained(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None
     return model, tokenizer
 
 
-def open_model(init_from: str, out_dir: str) -> tuple[GPT, Tokenizer, str]:
-    """A model to speak with, its tokenizer, and the layout of its dataset's documents or ''. `init_from` is 'resume'
-    for out_dir's, or what `pretrained` takes."""
-    if init_from == "resume" or is_checkpoint(init_from):
-        path, state = best(out_dir if init_from == "resume" else init_from)
-        return model_of(state, path), tokenizer_of(state, path), template_of(state)
-    model, tokenizer = pretrained(init_from)
+def open_model(c: Config) -> tuple[GPT, Tokenizer, str]:
+    """A model to speak with, its tokenizer, and the layout of its dataset's documents or ''. The settings are those of
+    sample.py and serve.py: `init_from` is 'resume' for `out_dir`, or what `pretrained` takes; the model comes to
+    `device`, in fewer bits with `quantize`, and what `device` and `dtype` come to is put into `c`."""
+    c.device = choose_device(c.device)
+    check_quantize(c.quantize, c.device)
+    c.dtype = "float32" if c.quantize else choose_dtype(c.dtype, c.device)
+    template = ""
+    if c.init_from == "resume" or is_checkpoint(c.init_from):
+        path, state = best(c.out_dir if c.init_from == "resume" else c.init_from)
+        model, tokenizer, template = model_of(state, path), tokenizer_of(state, path), template_of(state)
+    else:
+        model, tokenizer = pretrained(c.init_from)
     if tokenizer is None:
         raise UserError(
-            f"{init_from} holds no tokenizer: expected tokenizer.json, vocab.json and merges.txt, or vocab.txt"
+            f"{c.init_from} holds no tokenizer: expected tokenizer.json, vocab.json and merges.txt, or vocab.txt"
         )
-    return model, tokenizer, ""
+    model.eval().to(c.device)
+    return quantize(model, c.quantize) if c.quantize else model, tokenizer, template
 
 
 def named_state(model: GPT, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, torch.Tensor]]:

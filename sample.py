@@ -54,12 +54,10 @@ from pathlib import Path
 
 import checkpoint
 from decoder import Decoder
-from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told, try_compiled
+from device import autocast, can_compile, memory_error_told, try_compiled
 from generate import Piece, Sampling, prompt_ids, titled
 from generate import stream as stream_pieces
 from model import GPT
-from quantize import check_quantize
-from quantize import quantize as quantized
 from tokenizer import Tokenizer
 
 SEPARATOR = "---------------"
@@ -205,12 +203,7 @@ def main(c: Config) -> None:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
     if c.interactive and c.start == "-":
         raise UserError("start=- and interactive cannot share stdin: put the prompt into a file, --start=FILE:path")
-    c.device = choose_device(c.device)
-    check_quantize(c.quantize, c.device)
-    c.dtype = "float32" if c.quantize else choose_dtype(c.dtype, c.device)
-    model, tokenizer, template = checkpoint.open_model(c.init_from, c.out_dir)
-    model.eval().to(c.device)
-    model = quantized(model, c.quantize) if c.quantize else model
+    model, tokenizer, template = checkpoint.open_model(c)
     if c.title:
         start = titled(template, c.title) + (read_prompt(c.start) if "start" in c.given else "")
     else:

@@ -39,10 +39,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import checkpoint
-from device import autocast, choose_device, choose_dtype, memory_error_told
+from device import autocast, memory_error_told
 from engine import Engine
-from quantize import check_quantize
-from quantize import quantize as quantized
 
 
 def check(c: Config) -> None:
@@ -132,12 +130,7 @@ def main(c: Config) -> None:
         from page import mount_page
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install -r requirements-web.txt") from error
-    c.device = choose_device(c.device)
-    check_quantize(c.quantize, c.device)
-    c.dtype = "float32" if c.quantize else choose_dtype(c.dtype, c.device)
-    model, tokenizer, template = checkpoint.open_model(c.init_from, c.out_dir)
-    model.eval().to(c.device)
-    model = quantized(model, c.quantize) if c.quantize else model
+    model, tokenizer, template = checkpoint.open_model(c)
 
     if not (is_this_machine(c.host) or c.api_key):
         note(f"warning: host={c.host}: whoever can reach this machine can use the model; --api_key=KEY asks for a key")

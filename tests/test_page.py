@@ -283,7 +283,9 @@ def served(folder) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def opened(folder) -> tuple:
     """The model that is served, its tokenizer and its template."""
-    model, tokenizer, template = checkpoint.open_model("resume", str(folder / "out"))
+    path, state = checkpoint.best(str(folder / "out"))
+    model, tokenizer = checkpoint.model_of(state, path), checkpoint.tokenizer_of(state, path)
+    template = checkpoint.template_of(state)
     return model.eval(), tokenizer, template
 
 
@@ -726,7 +728,8 @@ def test_everything_fits_and_can_be_read(served, tmp_path, width, dark):
 
 
 def test_a_key_a_plain_model_and_the_end(folder):
-    assert checkpoint.open_model("resume", str(folder / "plain"))[1].end_of_text is None
+    path, state = checkpoint.best(str(folder / "plain"))
+    assert checkpoint.tokenizer_of(state, path).end_of_text is None
     with serving("--out_dir=plain", "--api_key=SECRET", cwd=folder) as served:
         with browser(served.url, locked=True) as page:
             until(lambda: page.find("input[type=password]").is_displayed())
