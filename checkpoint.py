@@ -5,6 +5,9 @@
     last.prev.pt   the one before
     ckpt-1000.pt   a complete state, numbered by its iteration, where some are to be kept
 
+Of a run with LoRA or adapters these hold what was added alone, and `adapter` and `base`: what it is, and the name and
+hash of the model that it is on, which is opened with it.
+
 A file is either the old one, whole, or the new one, whole: it is written beside, flushed, fsynced and renamed. What is
 loaded is verified first, by the CRC-32 that the zip inside a .pt holds for every record, and is never unpickled code.
 """
@@ -15,11 +18,13 @@ import pickle
 import shutil
 import zipfile
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import adapt
 from configurator import Config, UserError, note, user_errors
 from device import choose_device, choose_dtype
 from loader import dataset_folder
@@ -172,12 +177,18 @@ def peek(path: Path) -> dict[str, Any]:
 
 def best(source: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint to use for its weights: a .pt file, or an out_dir's ckpt.pt, else its last.pt."""
+    path = best_path(source)
+    return path, load(path)
+
+
+def best_path(source: str) -> Path:
+    """The file of `best`. UserError where an out_dir has none."""
     path = Path(source)
     if path.suffix != ".pt":
         path = next((path / name for name in ("ckpt.pt", "last.pt") if (path / name).is_file()), path / "ckpt.pt")
         if not path.is_file():
             raise UserError(f"no checkpoint in {source} (looked for ckpt.pt and last.pt): train first, with --out_dir")
-    return path, load(path)
+    return path
 
 
 def is_checkpoint(source: str) -> bool:
@@ -185,14 +196,76 @@ def is_checkpoint(source: str) -> bool:
     return Path(source).is_file() or any((Path(source) / name).is_file() for name in ("ckpt.pt", "last.pt"))
 
 
-def model_of(state: dict[str, Any], where: str | Path, dropout: float = 0.0) -> GPT:
-    """The model that a checkpoint holds, on the CPU."""
+def model_of(state: dict[str, Any], where: str | Path, dropout: float = 0.0, merged: bool = True) -> GPT:
+    """The model that a checkpoint holds, on the CPU. An adapter is put on its base: LoRA `merged` into it, as a GPT
+    like others, or to be trained on. UserError where the base is not to be had, or is another model by now."""
+    if "adapter" in state:
+        return _on_its_base(state, where, dropout, merged)
     try:
         model = GPT(GPTConfig(**(state["model_args"] | {"dropout": dropout})))
         model.load_state_dict(state["model"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}: model_args and weights do not make a GPT: {' '.join(str(error).split())}") from error
     return model
+
+
+def _on_its_base(state: dict[str, Any], where: str | Path, dropout: float, merged: bool) -> GPT:
+    try:
+        adaptation, base = adapt.Adaptation(**state["adapter"]), state["base"]
+        model = _base(base["source"], base["path"], base["sha256"], where, dropout)
+        adapt.restore(model, adaptation, state["model"], state["model_args"])
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: its adapter does not fit its base: {' '.join(str(error).split())}") from error
+    if merged:
+        adapt.merge(model)
+    return model
+
+
+def _base(source: str, path: str, sha256: str, where: str | Path, dropout: float) -> GPT:
+    """The model with this hash: from `source`, as it was given to train.py, or else from the same place's full path."""
+    problems = []
+    for place in dict.fromkeys(each for each in (source, path) if each):
+        if not Path(place).exists() and not place.startswith("gpt2"):
+            problems.append(f"{place} is not there")
+            continue
+        try:
+            if is_checkpoint(place) and "adapter" in peek(best_path(place)):  # which could be on this one, in a circle
+                raise UserError(f"{place} is an adapter itself")
+            model, _ = pretrained(place, dropout)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if adapt.weights_hash(model) == sha256:
+            return model
+        problems.append(f"{place} holds another model now")
+    raise UserError(
+        f"{where} is an adapter and needs the model that it was trained on, {source}, whose weights have the sha256 "
+        f"{sha256[:16]}...: {'; '.join(problems)}; put that model back there"
+    )
+
+
+def adapter_on(source: str, model: GPT, adaptation: adapt.Adaptation, out_dir: str) -> dict[str, Any]:
+    """What a checkpoint of an adapter holds besides its weights: `adapter`, and `base`, which is `model` as it came
+    from `source`; nothing where no adapter is trained. UserError where none can be trained on it."""
+    if adapt.is_adapted(model):
+        raise UserError(
+            f"init_from={source} has adapters, which nothing else can be trained on: go on training them with "
+            f"--init_from=resume --out_dir={source}, or start from the model that they are on"
+        )
+    if not adaptation.adds:
+        return {}
+    if is_checkpoint(source) and "adapter" in peek(best_path(source)):
+        raise UserError(
+            f"init_from={source} is LoRA on another model: make a checkpoint of its own of it, with python "
+            f"extras/merge.py --out_dir={source}, and start from that"
+        )
+    path = Path(source).resolve()
+    if Path(out_dir).resolve() in (path, path.parent):
+        raise UserError(f"out_dir={out_dir} holds the model that the adapter is for: choose another out_dir")
+    base = {"source": source, "path": str(path) if path.exists() else "", "sha256": adapt.weights_hash(model)}
+    return {"adapter": asdict(adaptation), "base": base}
 
 
 def tokenizer_of(state: dict[str, Any], where: str | Path) -> Tokenizer:

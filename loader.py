@@ -3,7 +3,8 @@
 Training draws its sequences without replacement. Of N tokens and contexts of T, each epoch takes max(1, (N - T) // T)
 blocks, shifted by a phase of its own and in an order of its own, both keyed by (seed, epoch); the order is a keyed
 permutation (a Feistel network, walked until it lands inside the range), which needs no table at any size.
-Evaluation reads fixed windows, evenly spread, and draws from nothing.
+Evaluation reads fixed windows, evenly spread, and draws from nothing. Where a dataset has examples in place of text, a
+row of them, see packing.py, is what a block is here.
 
 Of a mixture of datasets, each thousand sequences has as many of each dataset as its weight says, in an order of its
 own; the n-th sequence of the run is the m-th of its dataset, and that is drawn as above. A dataset is drawn by its
@@ -25,6 +26,7 @@ import torch
 
 from configurator import ROOT, UserError, user_errors
 from model import derive_seed
+from packing import Examples, beyond
 from tokenizer import read_meta, settle
 
 DRAWN_TOGETHER = 1000  # sequences in which each dataset of a mixture has its share
@@ -41,7 +43,7 @@ class Tokens:
         """x and y, int64 [len(starts), block_size]; y is one token ahead. UserError on an id beyond vocab_size."""
         block = self.ids[starts[:, None] + np.arange(block_size + 1)]
         if (largest := int(block.max())) >= vocab_size:
-            raise UserError(_beyond(self.path, largest, vocab_size))
+            raise UserError(beyond(self.path, largest, vocab_size))
         return torch.from_numpy(block[:, :-1].astype(np.int64)), torch.from_numpy(block[:, 1:].astype(np.int64))
 
 
@@ -59,11 +61,16 @@ class Mixture:
     """One split of each of the datasets that are drawn from; most often of one alone."""
 
     parts: tuple[Part, ...]
-    tokens: tuple[Tokens, ...]  # each part's
+    tokens: tuple[Tokens | Examples, ...]  # each part's
+
+    @property
+    def packed(self) -> bool:
+        """Whether there are rows of examples in it."""
+        return any(isinstance(tokens, Examples) for tokens in self.tokens)
 
     def blocks(self, block_size: int) -> list[int]:
         """How many sequences an epoch of each dataset has. An epoch of the mixture has as many as all together."""
-        return [blocks_per_epoch(len(tokens.ids), block_size) for tokens in self.tokens]
+        return [_blocks(tokens, block_size) for tokens in self.tokens]
 
     def epochs(self, n: int, block_size: int, seed: int) -> list[float]:
         """How often the first n sequences have been through each dataset."""
@@ -77,16 +84,39 @@ class Mixture:
 
     def windows(
         self, numbers: np.ndarray, block_size: int, vocab_size: int, seed: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and y of the run's sequences with these numbers, as those of Tokens. UserError on an id too large."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """x, y and positions of the run's sequences with these numbers, as those of Tokens and of Examples; positions
+        are None where there are no examples. UserError on an id too large."""
+        which, own = self.places(numbers, block_size, seed)
+        x, y, positions = (torch.empty(len(which), block_size, dtype=torch.int64) for _ in range(3))
+        positions[:] = torch.arange(block_size)
+        for i in np.unique(which).tolist():
+            here = which == i
+            x[here], y[here], *of_examples = self.tokens[i].windows(own[here], block_size, vocab_size)
+            if of_examples:
+                positions[here] = of_examples[0]
+        return x, y, positions if self.packed else None
+
+    def places(self, numbers: np.ndarray, block_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """For the run's sequence numbers, int64 [k]: the place of its dataset, and there its offset or its row."""
         which, own = draw(numbers, tuple(part.share for part in self.parts), seed)
-        x, y = (torch.empty(len(which), block_size, dtype=torch.int64) for _ in range(2))
         for i in np.unique(which).tolist():
             here = which == i
             own_seed = derive_seed(seed, "dataset", i) if len(self.parts) > 1 else seed
-            starts = sequence_starts(own[here], len(self.tokens[i].ids), block_size, own_seed)
-            x[here], y[here] = self.tokens[i].windows(starts, block_size, vocab_size)
-        return x, y
+            if isinstance(self.tokens[i], Examples):
+                own[here] = sequence_rows(own[here], len(self.tokens[i].rows(block_size)), own_seed)
+            else:
+                own[here] = sequence_starts(own[here], len(self.tokens[i].ids), block_size, own_seed)
+        return which, own
+
+    def learnt(self, numbers: np.ndarray, block_size: int, seed: int) -> np.ndarray:
+        """How many tokens there are to learn in each of these sequences, int64 [k]."""
+        learnt = np.full(len(numbers), block_size)
+        which, own = self.places(numbers, block_size, seed)
+        for i, tokens in enumerate(self.tokens):
+            if isinstance(tokens, Examples):
+                learnt[which == i] = tokens.rows(block_size).learnt[own[which == i]]
+        return learnt
 
 
 def parts_of(dataset: str) -> tuple[Part, ...]:
@@ -140,8 +170,9 @@ def dataset_folder(name: str) -> Path:
     raise UserError(f"dataset {name} is not there (looked for train.bin in {ROOT / 'data' / name}); {how}")
 
 
-def open_split(folder: Path, split: str, block_size: int) -> Tokens:
-    """train.bin or val.bin of a dataset folder. UserError where it is missing, empty, cut short or too short."""
+def open_split(folder: Path, split: str, block_size: int) -> Tokens | Examples:
+    """train.bin or val.bin of a dataset folder, with its .mask where it has examples. UserError where it is missing,
+    empty, cut short or too short."""
     path = folder / f"{split}.bin"
     meta = read_meta(folder)
     dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
@@ -153,10 +184,20 @@ def open_split(folder: Path, split: str, block_size: int) -> Tokens:
         raise UserError(f"{path} has {size:,} bytes where meta.json promises {expected:,}; prepare the dataset again")
     if size == 0 or size % dtype.itemsize:
         raise UserError(f"{path} has {size:,} bytes, which is not a whole number of {dtype.name} tokens above zero")
-    n = size // dtype.itemsize
-    if n < block_size + 1:
-        raise UserError(f"{path} has {n:,} tokens, fewer than block_size + 1 = {block_size + 1}: lower --block_size")
+    n, mask = size // dtype.itemsize, path.with_suffix(".mask")
     with user_errors(OSError, about=f"{path} cannot be read"):
+        if mask.name in meta.get("files", {}):
+            if not mask.is_file() or mask.stat().st_size != n:
+                raise UserError(
+                    f"{mask} does not have the {n:,} bytes that {path.name} asks for; prepare the dataset again"
+                )
+            found = Examples(path, np.memmap(path, dtype=dtype, mode="r"), np.memmap(mask, np.uint8, "r"))
+            found.rows(block_size)
+            return found
+        if n < block_size + 1:
+            raise UserError(
+                f"{path} has {n:,} tokens, fewer than block_size + 1 = {block_size + 1}: lower --block_size"
+            )
         return Tokens(path, np.memmap(path, dtype=dtype, mode="r"))
 
 
@@ -171,7 +212,7 @@ def fingerprint(parts: tuple[Part, ...]) -> dict[str, str]:
     found = {}
     for i, part in enumerate(parts):
         files = read_meta(part.folder).get("files", {})
-        for name in ("train.bin", "val.bin"):
+        for name in ("train.bin", "val.bin", *(name for name in files if name.endswith(".mask"))):
             key = f"{i}: {part.share} of {name}" if len(parts) > 1 else name
             found[key] = files.get(name, {}).get("sha256") or f"{(part.folder / name).stat().st_size} bytes"
     return found
@@ -184,14 +225,12 @@ def check_vocabulary(tokens: Tokens, meta: dict, vocab_size: int) -> None:
     if largest is None:
         largest = max(int(tokens.ids[i : i + chunk].max()) for i in range(0, len(tokens.ids), chunk))
     if largest >= vocab_size:
-        raise UserError(_beyond(tokens.path, largest, vocab_size))
+        raise UserError(beyond(tokens.path, largest, vocab_size))
 
 
-def _beyond(path: Path, largest: int, vocab_size: int) -> str:
-    return (
-        f"{path} holds the token id {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
-        f"the file is damaged, or was prepared with another tokenizer"
-    )
+def _blocks(tokens: Tokens | Examples, block_size: int) -> int:
+    packed = isinstance(tokens, Examples)
+    return len(tokens.rows(block_size)) if packed else blocks_per_epoch(len(tokens.ids), block_size)
 
 
 def blocks_per_epoch(n_tokens: int, block_size: int) -> int:
@@ -210,6 +249,16 @@ def sequence_starts(numbers: np.ndarray, n_tokens: int, block_size: int, seed: i
         order = permute(positions[here], blocks, derive_seed(seed, "order", int(epoch)))
         starts[here] = phase + order * block_size
     return starts
+
+
+def sequence_rows(numbers: np.ndarray, rows: int, seed: int) -> np.ndarray:
+    """The row of examples that each of the run's sequences is, for sequence numbers int64 [k] (counted from 0)."""
+    epochs, positions = np.divmod(np.asarray(numbers, np.int64), rows)
+    found = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        found[here] = permute(positions[here], rows, derive_seed(seed, "order", int(epoch)))
+    return found
 
 
 def shared_out(n: int, shares: tuple[Fraction, ...]) -> list[int]:
@@ -290,9 +339,21 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def evaluation_batches(n_tokens: int, block_size: int, batch_size: int, batches: int) -> np.ndarray:
     """Offsets [<= batches, batch_size] of evenly spread windows, no more than it takes to read the whole split once."""
-    whole = -(-((n_tokens - 1) // block_size) // batch_size)
-    count = max(1, min(batches, whole)) * batch_size
-    return np.linspace(0, n_tokens - 1 - block_size, count).astype(np.int64).reshape(-1, batch_size)
+    return _spread(n_tokens - 1 - block_size, (n_tokens - 1) // block_size, batch_size, batches)
+
+
+def evaluated(tokens: Tokens | Examples, block_size: int, batch_size: int, batches: int) -> np.ndarray:
+    """Offsets or rows [<= batches, batch_size], evenly spread, of what an evaluation reads of a split."""
+    if not isinstance(tokens, Examples):
+        return evaluation_batches(len(tokens.ids), block_size, batch_size, batches)
+    rows = len(tokens.rows(block_size))
+    return _spread(rows - 1, rows, batch_size, batches)
+
+
+def _spread(last: int, whole: int, batch_size: int, batches: int) -> np.ndarray:
+    """Numbers from 0 to `last`, in `batches` at most, and no more than it takes for `whole` of them."""
+    count = max(1, min(batches, -(-whole // batch_size))) * batch_size
+    return np.linspace(0, last, count).astype(np.int64).reshape(-1, batch_size)
 
 
 def training_batches(
@@ -306,34 +367,41 @@ def training_batches(
     rank: int,
     world_size: int,
     device: str,
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(global micro-step, x, y) without end, from sequence number `first` on: this process's share of each step.
+) -> Iterator[tuple[int, float, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """(global micro-step, share, x, y, positions) without end, from sequence number `first` on: this process's part of
+    each step.
 
     A step takes batch_size * micro_steps sequences over all processes; of its micro-steps, process r takes
-    r, r + world_size, ... The next batch is read, and copied to the GPU on a stream of its own, while the caller works
-    on this one.
+    r, r + world_size, ... The micro-step's mean loss, divided by `share` and added up over its process's, is the mean
+    over all tokens of the step that are to be learnt, once it is averaged over the processes. The next batch is read,
+    and copied to the GPU on a stream of its own, while the caller works on this one.
     """
     side = torch.cuda.Stream(device) if device.startswith("cuda") else None
 
-    def read(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers = first + (step * micro_steps + micro_step) * batch_size + np.arange(batch_size)
-        pair = data.windows(numbers, block_size, vocab_size, seed)
+    def read(step: int, micro_step: int) -> tuple[float, list[torch.Tensor | None]]:
+        of_step = first + step * micro_steps * batch_size + np.arange(micro_steps * batch_size)
+        own, share = slice(micro_step * batch_size, (micro_step + 1) * batch_size), micro_steps / world_size
+        if data.packed:  # there are more tokens to learn in some than in others
+            learnt = data.learnt(of_step, block_size, seed)
+            share = float(learnt.sum() / learnt[own].sum() / world_size)
+        batch = data.windows(of_step[own], block_size, vocab_size, seed)
         if side is None:
-            return tuple(t.to(device) for t in pair)
+            return share, [t if t is None else t.to(device) for t in batch]
         with torch.cuda.stream(side):
-            return tuple(t.pin_memory().to(device, non_blocking=True) for t in pair)
+            return share, [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in batch]
 
     places = ((step, m) for step in itertools.count() for m in range(rank, micro_steps, world_size))
     with ThreadPoolExecutor(1) as pool:
         place = next(places)
         ahead = pool.submit(read, *place)
         while True:
-            micro_step, pair = place[1], ahead.result()
+            micro_step, (share, batch) = place[1], ahead.result()
             if side is not None:
                 here = torch.cuda.current_stream(device)
                 here.wait_stream(side)
-                for t in pair:
-                    t.record_stream(here)  # or the side stream might write the next batch over this one
+                for t in batch:
+                    if t is not None:
+                        t.record_stream(here)  # or the side stream might write the next batch over this one
             place = next(places)
             ahead = pool.submit(read, *place)
-            yield micro_step, *pair
+            yield micro_step, share, *batch

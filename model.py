@@ -175,6 +175,26 @@ class Smear(nn.Module):
         return x
 
 
+class Packed:
+    """Examples one after the other in a row, as a block sees them: a token looks back as far as its own example goes.
+    In the place of a cache."""
+
+    def __init__(self, positions: torch.Tensor):
+        """`positions` [batch, time]: how many tokens of its example stand before each."""
+        place = torch.arange(positions.size(1), device=positions.device)
+        first = place - positions  # the place of its example's first token
+        self.positions = positions
+        self.mask = ((first[:, :, None] <= place) & (place <= place[:, None]))[:, None]  # [batch, 1, time, time]
+
+    def remember(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return k, v, self.mask
+
+    def before(self, x: torch.Tensor, half: int) -> Callable[[int], torch.Tensor]:
+        """Gives a function of n that gives what stood n places before x [batch, time, n_embd] in the same example, and
+        nothing, 0, where that is before its beginning."""
+        return lambda n: F.pad(x, (0, 0, n, 0))[:, : x.size(1)] * (self.positions >= n)[:, :, None]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -185,7 +205,7 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, rotation: torch.Tensor | None = None, cache: Any = None
     ) -> torch.Tensor:  # [batch, time, n_embd] -> the same
-        """`rotation` is RoPE's, of these positions; `cache` is this layer's, see decoder.py."""
+        """`rotation` is RoPE's, of these positions; `cache` is this layer's, see decoder.py, or Packed."""
         b, t, c = x.shape
         q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, c // self.n_head).unbind(2)
         if self.qk_norm:
@@ -281,20 +301,29 @@ class GPT(nn.Module):
             generator = torch.Generator("cpu").manual_seed(derive_seed(seed, name))
             p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, std, generator=generator))
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, loss_only: bool = False):
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        loss_only: bool = False,
+        positions: torch.Tensor | None = None,
+    ):
         """(logits, loss) for ids `idx` [batch, time] and, one position ahead, `targets` of the same shape.
 
         With targets: logits [batch, time, vocab_size] and the mean cross-entropy in nats; targets of -1 do not count.
         With `loss_only`, for training: None and the loss, the logits in pieces where they are many. Without targets:
-        the last position's logits [batch, 1, vocab_size] and None. ValueError where time exceeds block_size.
+        the last position's logits [batch, 1, vocab_size] and None. `positions` [batch, time], where a row holds several
+        examples that do not see each other: how many tokens of its own example stand before each. ValueError where
+        time exceeds block_size.
         """
         b, t = idx.shape
         if t > self.config.block_size:
             raise ValueError(f"{t} tokens do not fit into a context of block_size = {self.config.block_size}")
-        x, rotation = embedded(self.transformer.wte(idx), self.transformer.wpe, self.rotation, slice(t))
+        where, packed = (slice(t), None) if positions is None else (positions, Packed(positions))
+        x, rotation = embedded(self.transformer.wte(idx), self.transformer.wpe, self.rotation, where)
         x = dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            x = block(x, rotation)
+            x = block(x, rotation, packed)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None

@@ -100,11 +100,15 @@ def build_optimizers(
     model: GPT, optim: str, weight_decay: float, learning_rate: float, betas: tuple[float, float], eps: float,
     muon_learning_rate: float, muon_momentum: float, device_type: str, rank: int = 0, world_size: int = 1,
 ) -> list[torch.optim.Optimizer]:  # fmt: skip
-    """AdamW for everything; or with optim='muon' for all but the blocks' matrices, and Muon for those."""
+    """AdamW for everything that is trained; or with optim='muon' for all but the blocks' matrices, and Muon for those,
+    where any is trained."""
     if optim == "adamw":
         return [model.configure_optimizers(weight_decay, learning_rate, betas, device_type, eps)]
     hidden = model.hidden_matrices()
     groups = [{"params": [p for p, n in hidden if n == parts], "parts": parts} for parts in (3, 1)]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        return build_optimizers(model, "adamw", weight_decay, learning_rate, betas, eps, 0.0, 0.0, device_type)
     muon = Muon(groups, muon_learning_rate, muon_momentum, weight_decay, rank, world_size)
     leave_out = {p for p, _ in hidden}
     return [model.configure_optimizers(weight_decay, learning_rate, betas, device_type, eps, leave_out), muon]

@@ -56,9 +56,11 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, p: float, is_causal: bool
 ) -> torch.Tensor:
-    """F.scaled_dot_product_attention with dropout p, of [batch, n_head, time, head_dim] each, result alike."""
-    if is_causal and mask is None and on_cpu(q) and q.dtype == torch.float32 and (p or rounds_products()):
-        return _Attention.apply(q, k, v, p)
+    """F.scaled_dot_product_attention with dropout p, of [batch, n_head, time, head_dim] each, result alike. A `mask`
+    [batch, 1, time, time] of as many queries as keys, True where one may look, is to be causal, too."""
+    whole = is_causal if mask is None else mask.size(2) == k.size(2) > 1
+    if whole and on_cpu(q) and q.dtype == torch.float32 and (p or rounds_products()):
+        return _Attention.apply(q, k, v, p, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal)
 
 
@@ -153,14 +155,14 @@ class _Attention(torch.autograd.Function):
     """Causal attention with dropout, in pieces of some heads of some sequences and of some queries each."""
 
     @staticmethod
-    def forward(ctx, q, k, v, p):
+    def forward(ctx, q, k, v, p, mask):
         shape, (t, d) = q.shape, q.shape[-2:]
         q, k, v = ((q * d**-0.5).reshape(-1, t, d), *(x.reshape(-1, t, d) for x in (k, v)))
         y, masks, scale = torch.empty_like(q), [], 1.0
         few = not p and len(q) * t * t <= FEW
         known = []  # probabilities of each piece, where they are few
         for heads, rows, seen in _pieces(len(q), t):
-            probabilities = _probabilities(q[heads, rows], k[heads, seen])
+            probabilities = _probabilities(q[heads, rows], k[heads, seen], _allowed(mask, shape[1], heads, rows, seen))
             if p:
                 kept, scale = _kept(probabilities.shape, p)
                 probabilities.mul_(kept)
@@ -169,18 +171,23 @@ class _Attention(torch.autograd.Function):
             y[heads, rows] = probabilities @ v[heads, seen]
         if scale != 1:
             y *= scale
-        ctx.save_for_backward(q, k, v, *masks, *known)
+        ctx.save_for_backward(q, k, v, mask, *masks, *known)
         ctx.scale, ctx.dropped, ctx.few = scale, p > 0, few
         return y.view(shape)
 
     @staticmethod
     def backward(ctx, dy):
-        q, k, v, *pieces = ctx.saved_tensors  # masks with dropout, and else, where they are few, probabilities
+        # the pieces are masks with dropout, and else, where they are few, probabilities
+        q, k, v, mask, *pieces = ctx.saved_tensors
         shape, dy = dy.shape, dy.reshape(q.shape)
         dy = dy * ctx.scale if ctx.dropped else dy
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         for n, (heads, rows, seen) in enumerate(_pieces(*q.shape[:2])):
-            probabilities = kept = pieces[n] if ctx.few else _probabilities(q[heads, rows], k[heads, seen])
+            if ctx.few:
+                probabilities = kept = pieces[n]
+            else:
+                allowed = _allowed(mask, shape[1], heads, rows, seen)
+                probabilities = kept = _probabilities(q[heads, rows], k[heads, seen], allowed)
             ds = dy[heads, rows] @ v[heads, seen].mT
             if ctx.dropped:
                 kept, ds = probabilities * pieces[n], ds.mul_(pieces[n])
@@ -191,7 +198,7 @@ class _Attention(torch.autograd.Function):
                     grad[heads] = part
                 else:
                     grad[heads, seen] += part
-        return (*(g.view(shape) for g in (dq.mul_(q.size(-1) ** -0.5), dk, dv)), None)
+        return (*(g.view(shape) for g in (dq.mul_(q.size(-1) ** -0.5), dk, dv)), None, None)
 
 
 def _pieces(n: int, t: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -204,9 +211,20 @@ def _pieces(n: int, t: int) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(first, first + together), rows, slice(rows.stop)
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Softmax of scaled queries [n, rows, head_dim] against keys [n, seen, head_dim]; the last ones are together."""
+def _probabilities(q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of scaled queries [n, rows, head_dim] against keys [n, seen, head_dim]; the last ones are together.
+    `allowed` [n, rows, seen]: where a query may look, in place of all that is before it."""
+    if allowed is not None:
+        return (q @ k.mT).masked_fill_(~allowed, -torch.inf).softmax(-1)
     return (q @ k.mT).add_(_causal(q.size(1), k.size(1))).softmax(-1)
+
+
+def _allowed(mask: torch.Tensor | None, n_head: int, heads: slice, rows: slice, seen: slice) -> torch.Tensor | None:
+    """A piece's part of the mask [batch, 1, time, time]."""
+    if mask is None:
+        return None
+    row = torch.arange(mask.size(0) * n_head, device=mask.device)[heads] // n_head
+    return mask[row, 0, rows, seen]
 
 
 @lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
     $ python sample.py --out_dir=out-shakespeare-char
     $ python sample.py --out_dir=out-demo --title=小白兔 --num_samples=3
     $ python sample.py --out_dir=out-demo --interactive
+    $ python sample.py --out_dir=out-instruct --ask=给这个故事起个题目：小猫病了。
     $ python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --quantize=int8
     $ python sample.py --out_dir=out-chinese --start=FILE:prompt.txt --temperature=0 --show_probs
 
@@ -18,6 +19,8 @@ out_dir = "out"  # ckpt.pt is taken from here, where init_from is 'resume'
 # What it begins with
 start = "\n"  # the prompt, FILE:path, or - for stdin; <|endoftext|> is the special token; empty is a new text
 title = ""  # begins a document with this title, in the layout of the dataset, where it has one; start then follows it
+ask = ""  # a question, to a model that was fine-tuned on conversations: the samples are answers
+system = ""  # what such a model is told about its part before anything is asked
 num_samples = 10  # how many
 max_new_tokens = 500  # tokens in each at most; an end-of-text token ends it before
 # How the next token is chosen
@@ -33,7 +36,7 @@ stop_at_sentence = False  # past max_new_tokens, go on to the next of stop_chars
 stop_chars = "。！？!?.…\n"  # what ends a sentence
 # How it is shown
 stream = True  # on a terminal, print text while it is written; False prints each sample when it is complete
-interactive = False  # write together: what you type is continued, and then you go on
+interactive = False  # write together: what you type is continued, and then you go on; or talk, where it has learnt to
 show_probs = False  # colour each token by how probable the model thought it
 # How it is computed
 batch_size = 32  # samples drawn together at most; fewer need less memory and are the same
@@ -45,14 +48,14 @@ config = configure(globals())
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from itertools import count
 from math import exp
 from pathlib import Path
 
 import checkpoint
+from chat import ChatTokenizer, Message
 from decoder import Decoder
 from device import autocast, can_compile, memory_error_told, try_compiled
 from generate import Piece, Sampling, prompt_ids, titled
@@ -140,9 +143,9 @@ class Shown:
         )
 
 
-def note_dropped(model: GPT, tokenizer: Tokenizer, prompt: str) -> None:
+def note_dropped(model: GPT, tokenizer: Tokenizer, prompt: str | list[int]) -> None:
     """Says what the model does not see of a prompt longer than its context; UserError where the prompt cannot be."""
-    ids, block_size = prompt_ids(tokenizer, prompt), model.config.block_size
+    ids, block_size = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else prompt, model.config.block_size
     if len(ids) > block_size:
         unseen = len(ids) - block_size
         note(
@@ -168,22 +171,26 @@ def compiles(c: Config, model: GPT, ctx) -> bool:
     return True
 
 
-def converse(text: str, begin: Callable[[str, int], Iterable[Piece]], shown: Shown) -> None:
-    """What is typed is appended to the text, the model goes on from there, and again; `begin` gives the pieces of a
-    text's continuation in this turn."""
+def typed(hint: str) -> Iterator[str]:
+    """The lines that are typed, until the end of stdin."""
     check_stdin()
     sys.stdin.reconfigure(errors="surrogateescape")  # what is no text in the terminal's encoding is told as that
     with suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones come back
-    note("Type a beginning. Enter: the model goes on. /new: another text. Ctrl-C: end its turn. Ctrl-D: end.")
+    note(hint)
+    with suppress(EOFError):
+        while True:
+            yield input("> ")
+    print()
+
+
+def write_together(text: str, begin: Callable[[str, int], Iterable[Piece]], shown: Shown) -> None:
+    """What is typed is appended to the text, the model goes on from there, and again; `begin` gives the pieces of a
+    text's continuation in this turn."""
+    lines = typed("Type a beginning. Enter: the model goes on. /new: another text. Ctrl-C: end its turn. Ctrl-D: end.")
     if text:
         print(text)
-    for turn in count():
-        try:
-            line = input("> ")
-        except EOFError:
-            print()
-            return
+    for turn, line in enumerate(lines):
         if line == "/new":
             text = ""
             continue
@@ -191,6 +198,24 @@ def converse(text: str, begin: Callable[[str, int], Iterable[Piece]], shown: Sho
             with suppress(KeyboardInterrupt):
                 shown.show([""], begin(text + line, turn), separator="\n")
             text += line + shown.texts[0]
+        except UserError as error:
+            note(f"{error}")
+
+
+def talk(system: list[Message], begin: Callable[[list[Message], int], Iterable[Piece]], shown: Shown) -> None:
+    """What is typed is a question, the model answers, and again; `begin` gives the pieces of the answer to what was
+    said in this turn."""
+    said = list(system)
+    lines = typed("Ask something. /new: another conversation. Ctrl-C: end its turn. Ctrl-D: end.")
+    for turn, line in enumerate(lines):
+        if line == "/new":
+            said = list(system)
+            continue
+        asked = [*said, {"role": "user", "content": line}]
+        try:
+            with suppress(KeyboardInterrupt):
+                shown.show([""], begin(asked, turn), separator="\n")
+            said = [*asked, {"role": "assistant", "content": shown.texts[0]}]
         except UserError as error:
             note(f"{error}")
 
@@ -204,10 +229,22 @@ def main(c: Config) -> None:
     if c.interactive and c.start == "-":
         raise UserError("start=- and interactive cannot share stdin: put the prompt into a file, --start=FILE:path")
     model, tokenizer, template = checkpoint.open_model(c)
-    if c.title:
-        start = titled(template, c.title) + (read_prompt(c.start) if "start" in c.given else "")
-    else:
-        start = read_prompt(c.start) if "start" in c.given or not c.interactive else ""
+    chats = isinstance(tokenizer, ChatTokenizer)
+    if (c.ask or c.system) and not chats:
+        raise UserError("ask and system are for a model that was fine-tuned on conversations, see data/instruct")
+    system = [{"role": "system", "content": c.system}] if c.system else []
+
+    def opening(messages: list[Message]) -> list[int]:
+        room = model.config.block_size
+        return tokenizer.opening(messages, room - min(sampling.limit, room // 2))
+
+    start = shown_start = ""
+    if c.ask:
+        start = opening([*system, {"role": "user", "content": c.ask}])
+    elif c.title:
+        start = shown_start = titled(template, c.title) + (read_prompt(c.start) if "start" in c.given else "")
+    elif "start" in c.given or not c.interactive:
+        start = shown_start = read_prompt(c.start)
     if start or not c.interactive:
         note_dropped(model, tokenizer, start)
     ctx = autocast(c.device, c.dtype)
@@ -216,15 +253,19 @@ def main(c: Config) -> None:
     shown = Shown(live, c.show_probs)
     if c.show_probs:
         note(shown.legend())
+
+    def pieces(prompts: Sequence[str | list[int]], first: int) -> Iterable[Piece]:
+        return stream_pieces(model, tokenizer, prompts, sampling, first=first, **how)
+
     with ctx:
-        if c.interactive:
-            converse(
-                start, lambda text, turn: stream_pieces(model, tokenizer, [text], sampling, first=turn, **how), shown
-            )
+        if c.interactive and chats:
+            talk(system, lambda messages, turn: pieces([opening(messages)], turn), shown)
+        elif c.interactive:
+            write_together(start, lambda text, turn: pieces([text], turn), shown)
         else:
             for first in range(0, c.num_samples, c.batch_size):
-                prompts = [start] * min(c.batch_size, c.num_samples - first)
-                shown.show(prompts, stream_pieces(model, tokenizer, prompts, sampling, first=first, **how))
+                rows = min(c.batch_size, c.num_samples - first)
+                shown.show([shown_start] * rows, pieces([start] * rows, first))
     note(shown.speed())
 
 

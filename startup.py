@@ -11,12 +11,15 @@ import filelock
 import torch
 
 import checkpoint
+from adapt import Adaptation, attach, grow_vocabulary, summary, train_only
+from chat import ChatTokenizer
 from configurator import Config, UserError, coerce, note, user_errors
 from device import choose_device, choose_dtype, choose_matmul
 from generate import prompt_ids
 from loader import Mixture, Part, check_vocabulary, fingerprint, open_mixture, parts_of
 from model import GPT, GPTConfig, derive_seed
 from muon import OPTIMS, build_optimizers
+from packing import Examples, Rows
 from processes import Processes, join_processes
 from progress import Progress, Reporter, what_is_done
 from run_dir import RunDir, open_out_dir, take_lock
@@ -36,6 +39,7 @@ class Run:
     progress: Progress
     reporter: Reporter
     data: dict[str, str]  # the datasets' fingerprint
+    adapter: dict[str, Any]  # of LoRA or adapters: what they are, and the base that a checkpoint does not hold
     template: str = ""  # how the dataset lays out a document, as in its meta.json; the first that says so
     files: RunDir | None = None
     started_at: int = 0  # the iteration from which this process goes on
@@ -56,7 +60,7 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     parts = parts_of(c.dataset)
     tokenizer = common_tokenizer(parts)
     torch.manual_seed(derive_seed(c.seed))
-    model = build_model(c, path, state, tokenizer)
+    model, adapter = build_model(c, path, state, tokenizer)
     train, val = open_mixture(parts, "train", c.block_size), open_mixture(parts, "val", c.block_size)
     metas, vocab_size = [read_meta(part.folder) for part in parts], model.config.vocab_size
     opened = [*zip(train.tokens, metas, strict=True), *zip(val.tokens, metas, strict=True)]
@@ -89,7 +93,8 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
         for key, value in state.get("progress", {}).items():
             setattr(progress, key, value)
     reporter = Reporter(c, processes, model, progress, scaler.is_enabled())
-    r = Run(c, processes, model, tokenizer, optimizers, scaler, progress, reporter, data, started_at=progress.iter_num)
+    r = Run(c, processes, model, tokenizer, optimizers, scaler, progress, reporter, data, adapter)
+    r.started_at = progress.iter_num
     r.template = next((meta["template"] for meta in metas if meta.get("template")), "")
     reporter.say(
         f"tokens per iteration will be: {per_step * c.block_size:,}; "
@@ -99,6 +104,13 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
         f"number of parameters: {model.get_num_params() / 1e6:.2f}M; {processes.world_size} x {c.device}, {c.dtype}"
         f"{', products of bfloat16' if c.matmul == 'bfloat16' else ''}"
     )
+    if adaptation_of(c):
+        reporter.say(summary(model, c.optim))
+        if c.optim == "muon" and len(optimizers) == 1:
+            reporter.say("none of the blocks' own matrices is trained: AdamW trains all there is, and Muon nothing")
+    for part, tokens in zip(train.parts, train.tokens, strict=True):
+        if isinstance(tokens, Examples):
+            reporter.say(told_of_rows(part.name, tokens.rows(c.block_size), c.block_size))
     if state:
         reporter.say(f"resuming from {path} at iteration {r.started_at:,}")
     if c.sample_interval:
@@ -140,8 +152,11 @@ def to_resume(
 
 def signature(state: dict[str, Any]) -> int:
     """A number that differs for the states of different iterations and runs, and for none at all."""
-    weights = state.get("model", {}).get("lm_head.weight", torch.empty(0))
-    return state.get("iter_num", -1) * 2**32 + zlib.crc32(weights.float().numpy().tobytes())
+    weights = state.get("model", {})
+    found = zlib.crc32(str(state.get("config", {}).get("run_id")).encode())  # a head that is frozen tells no runs apart
+    for tensor in weights.values() if "adapter" in state else [weights.get("lm_head.weight", torch.empty(0))]:
+        found = zlib.crc32(tensor.float().numpy().tobytes(), found)
+    return state.get("iter_num", -1) * 2**32 + found
 
 
 def open_files(r: Run, resumed_from: Path | None, lock: filelock.BaseFileLock | None, held: ExitStack) -> None:
@@ -176,6 +191,14 @@ def inherit(c: Config, saved: dict[str, Any]) -> None:
         raise UserError(
             f"optim={c.optim} is set, but the run in {c.out_dir} has {own}: a resumed run keeps its optimizer"
         )
+    for field in fields(Adaptation) if saved else ():
+        own, asked = saved.get(field.name, field.default), getattr(c, field.name)
+        if field.name in c.given and own != asked:
+            raise UserError(
+                f"{field.name}={asked} is set, but the run in {c.out_dir} has {own!r}: a resumed run goes on training "
+                f"what it has trained; a new one starts from its weights with --init_from={c.out_dir} and an out_dir "
+                f"of its own"
+            )
     for key, value in saved.items():
         if key in vars(c) and key not in c.given and key not in of_this_machine:
             setattr(c, key, coerce(value, getattr(c, key), f"{key} in the checkpoint's config"))
@@ -210,12 +233,32 @@ def check(c: Config, world_size: int) -> None:
         raise UserError(f"optim={c.optim}: expected {' or '.join(OPTIMS)}")
     if c.optim == "muon" and not c.learning_rate:
         raise UserError("learning_rate=0.0: expected more than 0 with optim=muon, whose rate follows it")
+    adaptation_of(c)
+    if (unused := [key for key in c.given if key.startswith("lora_")]) and not c.lora_rank:
+        raise UserError(f"{unused[0]} is set, but not lora_rank, so nothing would be LoRA: add --lora_rank=8")
     if c.gradient_accumulation_steps % world_size:
         raise UserError(
             f"gradient_accumulation_steps={c.gradient_accumulation_steps} counts the micro-steps of all {world_size} "
             f"processes together, so it must be divisible by {world_size}, such as "
             f"--gradient_accumulation_steps={c.gradient_accumulation_steps * world_size}"
         )
+
+
+def adaptation_of(c: Config) -> Adaptation:
+    """What the settings train of the model."""
+    with user_errors(ValueError):
+        return Adaptation(**{field.name: getattr(c, field.name) for field in fields(Adaptation)})
+
+
+def told_of_rows(name: str, rows: Rows, block_size: int) -> str:
+    """What becomes of a dataset's examples."""
+    places = len(rows) * block_size
+    gone = f"; {rows.cut:,} are longer and end there" if rows.cut else ""
+    gone += f"; {rows.left_out:,} left out, with nothing to learn in their first {block_size}" if rows.left_out else ""
+    return (
+        f"{name}: {len(rows.begins):,} examples in {len(rows):,} rows of {block_size} "
+        f"({rows.lengths.sum() / places:.0%} full, {rows.learnt.sum() / places:.0%} to learn){gone}"
+    )
 
 
 def common_tokenizer(parts: tuple[Part, ...]) -> Tokenizer:
@@ -230,20 +273,37 @@ def common_tokenizer(parts: tuple[Part, ...]) -> Tokenizer:
     return tokenizer
 
 
-def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: Tokenizer) -> GPT:
-    """The model to train, on the CPU, its context cropped to block_size; c's architecture is made to say what it is."""
+def build_model(
+    c: Config, path: Path | None, state: dict[str, Any], tokenizer: Tokenizer
+) -> tuple[GPT, dict[str, Any]]:
+    """The model to train, on the CPU, its context cropped to block_size; c's architecture is made to say what it is.
+    And what a checkpoint of an adapter holds besides its weights, `adapter` and `base`; nothing for other models."""
+    adaptation = adaptation_of(c)
     architecture = [f.name for f in fields(GPTConfig) if f.name not in ("block_size", "vocab_size", "dropout")]
     if not state and c.init_from in ("scratch", "auto"):
-        vocab_size = 50304 if tokenizer.kind == "gpt2" else tokenizer.vocab_size  # GPT-2's 50257, padded to be faster
+        if adaptation:
+            raise UserError(
+                f"init_from={c.init_from} begins a model of which everything is to be trained: lora_rank, adapter_dim "
+                f"and freeze need a trained one, such as --init_from=out-demo or --init_from=gpt2"
+            )
+        kind, vocab_size = getattr(tokenizer, "base", tokenizer).kind, tokenizer.vocab_size
+        vocab_size = max(50304, vocab_size) if kind == "gpt2" else vocab_size  # GPT-2's 50257, padded to be faster
         keys = (*architecture, "block_size", "dropout")
         with user_errors(ValueError):
-            return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(c, key) for key in keys}))
+            return GPT(GPTConfig(vocab_size=vocab_size, **{key: getattr(c, key) for key in keys})), {}
+    known = None  # how many tokens the base knows, where the dataset has more
     if state:
-        model = checkpoint.model_of(state, path, c.dropout)
+        model = checkpoint.model_of(state, path, c.dropout, merged=False)
         theirs = checkpoint.tokenizer_of(state, path) if "tokenizer" in state else None
     else:
         model, theirs = checkpoint.pretrained(c.init_from, c.dropout)
+    adapter = {key: state[key] for key in ("adapter", "base") if key in state}
+    if not state and not c.eval_only:
+        adapter = checkpoint.adapter_on(c.init_from, model, adaptation, c.out_dir)
     source = path or c.init_from
+    if isinstance(tokenizer, ChatTokenizer) and theirs == tokenizer.base and not state:
+        grow_vocabulary(model, max(tokenizer.vocab_size, model.config.vocab_size), c.seed)
+        known, theirs = theirs.vocab_size, tokenizer
     if theirs not in (None, tokenizer) or not checkpoint.fits(tokenizer, model.config.vocab_size):
         again = "gpt2" if theirs and theirs.kind == "gpt2" else source
         raise UserError(
@@ -267,7 +327,15 @@ def build_model(c: Config, path: Path | None, state: dict[str, Any], tokenizer: 
     if c.block_size < model.config.block_size:
         with user_errors(ValueError):
             model.crop_block_size(c.block_size)
-    return model
+    with user_errors(ValueError):
+        if adaptation.adds and not state:
+            attach(model, adaptation, c.seed, known)
+        train_only(model, adaptation)
+    if adaptation.freeze == "all_but_head" and model.config.tied:
+        note("note: this model's head is its token embedding too, which is trained with it")
+    if known and not (adaptation.adds or model.transformer.wte.weight.requires_grad):
+        note(f"note: freeze={c.freeze} leaves the embeddings of the dataset's new tokens as they were drawn")
+    return model, adapter
 
 
 def start_wandb(c: Config) -> Any:

@@ -32,7 +32,8 @@ from configurator import UserError, user_errors
 
 END_OF_TEXT = "<|endoftext|>"
 CODE_POINTS = 0x110000
-FILES = ("train.bin", "val.bin", "tokenizer.json", "meta.json")  # of a dataset, in the order in which they are replaced
+# of a dataset, in the order in which they are replaced; the masks are those of examples, see packing.py
+FILES = ("train.bin", "val.bin", "train.mask", "val.mask", "tokenizer.json", "meta.json")
 GPT2_FILES = {  # what tiktoken looks for in TIKTOKEN_CACHE_DIR (the SHA-1 of the address), and where it is from
     "6d1cbeee0f20b3d9449abfede4726ed8212e3aee": "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
@@ -566,8 +567,16 @@ def tokenizer_from_meta(meta: dict[str, Any], where: str) -> Tokenizer:
             raise UserError(f'{where}: a bpe tokenizer needs "json" (text) and "end_of_text" (an id or null)')
         with user_errors(ValueError, about=where):
             tokenizer = BPETokenizer(definition, end_of_text)
+    elif kind == "chat":
+        from chat import ChatTokenizer  # which imports this file
+
+        base, layout = meta.get("base"), meta.get("layout")
+        if not isinstance(layout, dict) or not isinstance(base, dict) or base.get("kind") == kind:
+            raise UserError(f'{where}: a chat tokenizer needs "base" (a tokenizer) and "layout" (a text for each role)')
+        with user_errors(ValueError, about=where):
+            tokenizer = ChatTokenizer(tokenizer_from_meta(base, where), layout)
     elif isinstance(meta, dict) and "kind" in meta:
-        raise UserError(f"{where}: unknown kind of tokenizer {kind!r}; this version knows char, gpt2 and bpe")
+        raise UserError(f"{where}: unknown kind of tokenizer {kind!r}; this version knows char, gpt2, bpe and chat")
     else:
         raise UserError(f'{where} does not describe a tokenizer: it has no "kind"')
     for key, value in tokenizer.meta().items():

@@ -54,6 +54,13 @@ qk_norm = False  # queries and keys normalised
 tied = True  # the head is the token embedding; False gives it a matrix of its own
 zero_init = False  # matrices that end on the residual begin at zero, and the head where it is not tied
 smear = 0  # so many tokens before each are mixed into what a block and its MLP read
+# adaptation: train a few parameters of the model that init_from opens (adapt.py)
+lora_rank = 0  # LoRA: rank of the two thin matrices beside each of lora_targets, 8 is usual; 0 for no LoRA
+lora_alpha = 16.0  # what they give is multiplied by lora_alpha / lora_rank
+lora_dropout = 0.0  # dropout of what they read
+lora_targets = "c_attn"  # the blocks' matrices that have them: some of 'c_attn,c_proj,c_fc'
+adapter_dim = 0  # adapters: width of the small network after attention and MLP, such as 8; 0 for none
+freeze = ""  # train a part: 'all_but_head', 'all_but_last_4' (or any number), 'every_other', 'all_but_attention'
 # optimizer
 optim = "adamw"  # 'adamw', or 'muon': Muon on the blocks' matrices, AdamW on all the rest
 learning_rate = 6e-4  # AdamW's, the highest
@@ -95,9 +102,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+from adapt import saved_weights
 from device import autocast, can_compile, memory_error_told, try_compiled
 from generate import Sampling, continuations
-from loader import Mixture, evaluation_batches, training_batches
+from loader import Mixture, evaluated, training_batches
 from model import derive_seed
 from processes import StopSignal
 from progress import Diverged, what_is_done
@@ -127,7 +135,7 @@ def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
     per_step = c.batch_size * c.gradient_accumulation_steps
     epoch_length = sum(train.blocks(c.block_size))
     ctx = autocast(c.device, c.dtype)
-    fast, model = accelerate(r, ctx)
+    fast, model = accelerate(r, ctx, train.packed)
     batches = training_batches(
         train, c.block_size, c.batch_size, c.gradient_accumulation_steps, r.model.config.vocab_size, c.seed,
         p.sequences_seen, r.processes.rank, r.processes.world_size, c.device,
@@ -150,15 +158,15 @@ def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
 
         loss = torch.zeros((), device=c.device)
         for k in range(micro_steps):
-            micro_step, x, y = next(batches)
-            if c.dropout:
+            micro_step, share, x, y, positions = next(batches)
+            if c.dropout or c.lora_dropout:
                 torch.manual_seed(derive_seed(c.seed, p.iter_num, micro_step))
             if r.processes.world_size > 1:  # gradients travel once, after the last micro-step
                 model.require_backward_grad_sync = k == micro_steps - 1
             with ctx:
-                _, micro_loss = model(x, y, loss_only=True)
-            r.scaler.scale(micro_loss / micro_steps).backward()
-            loss += micro_loss.detach() / micro_steps
+                _, micro_loss = model(x, y, loss_only=True, positions=positions)
+            r.scaler.scale(micro_loss / share).backward()
+            loss += micro_loss.detach() / share
         r.processes.mean(loss)
         for optimizer in r.optimizers:
             r.scaler.unscale_(optimizer)
@@ -229,7 +237,7 @@ def work_kept(r: Run) -> Iterator[None]:
         raise
 
 
-def accelerate(r: Run, ctx) -> tuple[torch.nn.Module, torch.nn.Module]:
+def accelerate(r: Run, ctx, packed: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The model, compiled where that works, for evaluation; and the same under DDP where there are many processes."""
     c = r.c
     use_compile = c.compile and can_compile(c.device)
@@ -243,19 +251,19 @@ def accelerate(r: Run, ctx) -> tuple[torch.nn.Module, torch.nn.Module]:
     if use_compile:
         r.reporter.say("compiling the model... (takes a minute the first time; what comes of it is kept)")
         started = time.perf_counter()
-        x, y = (torch.zeros(c.batch_size, c.block_size, dtype=torch.long, device=c.device) for _ in range(2))
+        # tensors of their own: for one, given twice, it would compile something else
+        x, y, *more = (torch.zeros(c.batch_size, c.block_size, dtype=torch.long, device=c.device) for _ in range(3))
+        positions = more[0] if packed else None
 
         def probe() -> None:
             with ctx:
-                _, loss = model(
-                    x, y, loss_only=True
-                )  # two tensors: for one, given twice, it would compile something else
+                _, loss = model(x, y, loss_only=True, positions=positions)
             loss.backward()
 
         if not c.eval_only:
             try_compiled(probe)
             r.model.zero_grad(set_to_none=True)
-        try_compiled(lambda: loss_and_accuracy(fast.eval(), x, y, ctx))
+        try_compiled(lambda: loss_and_accuracy(fast.eval(), ctx, x, y, positions))
         fast.train()
         r.reporter.compile_seconds = time.perf_counter() - started
         r.reporter.say(f"compiled, first step included, in {r.reporter.compile_seconds:.1f}s")
@@ -297,29 +305,30 @@ def evaluate(r: Run, model: torch.nn.Module, split: Mixture, ctx, batches: int) 
     `batches` of them at most, and no more than read the whole split once."""
     c = r.c
     model.eval()
-    totals = torch.zeros(len(split.tokens), 3, dtype=torch.float64)  # loss, hits, windows
+    totals = torch.zeros(len(split.tokens), 3, dtype=torch.float64)  # loss, hits, tokens
     together = 1
     if c.device == "cpu" and not c.compile:  # small batches, read for their results alone, are mostly overhead there
         widest = max(r.model.config.vocab_size, 4 * r.model.config.n_embd)
         together = max(1, EVALUATED_AT_ONCE // (c.batch_size * c.block_size * widest))
     for tokens, total in zip(split.tokens, totals, strict=True):
-        offsets = evaluation_batches(len(tokens.ids), c.block_size, c.batch_size, batches)
-        own = offsets[r.processes.rank :: r.processes.world_size]
+        of_split = evaluated(tokens, c.block_size, c.batch_size, batches)
+        own = of_split[r.processes.rank :: r.processes.world_size]
         for first in range(0, len(own), together):
-            starts = own[first : first + together].reshape(-1)
-            x, y = tokens.windows(starts, c.block_size, r.model.config.vocab_size)
-            x, y = x.to(c.device), y.to(c.device)
-            total += torch.tensor([*loss_and_accuracy(model, x, y, ctx), 1.0]) * len(starts)
+            batch = tokens.windows(own[first : first + together].reshape(-1), c.block_size, r.model.config.vocab_size)
+            loss, hits, learnt = loss_and_accuracy(model, ctx, *(t.to(c.device) for t in batch))
+            total += torch.tensor([loss * learnt, hits, learnt], dtype=torch.float64)
     model.train()
-    return [(loss / windows, hits / windows) for loss, hits, windows in r.processes.sum(totals).tolist()]
+    return [(loss / learnt, hits / learnt) for loss, hits, learnt in r.processes.sum(totals).tolist()]
 
 
 @torch.no_grad()
-def loss_and_accuracy(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, ctx) -> tuple[float, float]:
-    """(mean loss in nats, share of the positions whose likeliest next token is right) of a batch."""
+def loss_and_accuracy(
+    model: torch.nn.Module, ctx, x: torch.Tensor, y: torch.Tensor, positions: torch.Tensor | None = None
+) -> tuple[float, int, int]:
+    """(mean loss in nats, tokens that were the likeliest, tokens) of a batch, of those that are to be learnt."""
     with ctx:
-        logits, loss = model(x, y)
-    return loss.item(), (logits.argmax(-1) == y).float().mean().item()
+        logits, loss = model(x, y, positions=positions)
+    return loss.item(), int((logits.argmax(-1) == y).sum()), int((y >= 0).sum())
 
 
 def evaluate_and_save(r: Run, model: torch.nn.Module, train: Mixture, val: Mixture, ctx, epoch: float) -> None:
@@ -374,7 +383,7 @@ def figures_of_datasets(
 def state_of(r: Run) -> dict[str, Any]:
     """A checkpoint in nanoGPT's layout, and what sampling needs of the dataset."""
     return {
-        "model": dict(r.model.state_dict()),
+        "model": saved_weights(r.model),
         "optimizer": r.optimizers[0].state_dict() if len(r.optimizers) == 1 else None,  # nanoGPT's AdamW
         "model_args": r.model.config.model_args(),
         "iter_num": r.progress.iter_num,
@@ -382,6 +391,7 @@ def state_of(r: Run) -> dict[str, Any]:
         "config": dict(vars(r.c)),
         "tokenizer": r.tokenizer.meta(),
         "template": r.template,
+        **r.adapter,
     }
 
 
@@ -417,8 +427,10 @@ def show_samples(r: Run, ctx) -> None:
     c, iter_num = r.c, r.progress.iter_num
     seed = derive_seed(c.seed, "sample", iter_num)
     sampling = Sampling(max_new_tokens=c.sample_tokens, temperature=0.8, top_k=200, seed=seed)
+    r.model.eval()
     with ctx:
         texts = continuations(r.model, r.tokenizer, c.sample_prompts, sampling)
+    r.model.train()
     for prompt, text in zip(c.sample_prompts, texts, strict=True):
         r.reporter.say(f"sample at iteration {iter_num}:\n{prompt}{text}\n---------------")
         r.reporter.record("sample", iter=iter_num, prompt=prompt, text=prompt + text)

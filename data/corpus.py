@@ -200,12 +200,7 @@ def survey(sources: list[Source], o: Config, ended: bool, progress: Callable[[in
                 s.counts.add(piece)
                 s.characters[part] += len(piece)
         s.documents = [1, len(sources) - 1]
-    allowed = share_of(o.max_bad)
-    if s.found.malformed > (max(1, allowed * s.found.records) if allowed else 0):  # a small file may have one
-        raise UserError(
-            f"{s.found.malformed:,} of {s.found.records:,} records are malformed, more than --max_bad={o.max_bad}: "
-            "mend them, or allow more (a .json file is one array, or has an object in each line)"
-        )
+    check_malformed(s.found, o.max_bad)
     named = str(sources[0].files[0]) if len(sources[0].files) == 1 else f"these {len(sources[0].files)} files"
     if not sum(s.characters):
         reasons = left_out(s)
@@ -319,6 +314,16 @@ class Seen:
             for found in filter(None, old):
                 self.add(found)
         return True
+
+
+def check_malformed(found: Found, max_bad: str) -> None:
+    """UserError where there are more malformed records than this share."""
+    allowed = share_of(max_bad)
+    if found.malformed > (max(1, allowed * found.records) if allowed else 0):  # a small file may have one
+        raise UserError(
+            f"{found.malformed:,} of {found.records:,} records are malformed, more than --max_bad={max_bad}: "
+            "mend them, or allow more (a .json file is one array, or has an object in each line)"
+        )
 
 
 def share_of(text: str) -> float:

@@ -20,7 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Template:
     def fill(self, record: dict[str, Any]) -> str:
         """The document of a record; where the first of several fields is empty, of what follows it. Malformed where a
         field is missing or no text."""
-        return self.join({name: _text(record, name) for name in self.fields})
+        return self.join({name: field_text(record, name) for name in self.fields})
 
     def join(self, values: dict[str, str]) -> str:
         """The document of the fields' texts."""
@@ -127,7 +127,7 @@ def template_of(fields: list[str], template: str) -> Template:
     return Template(tuple(dict.fromkeys(names)), tuple((text, name) for text, name in parts if text or name))
 
 
-def _text(record: dict[str, Any], name: str) -> str:
+def field_text(record: dict[str, Any], name: str) -> str:
     value = record.get(name, Malformed)
     if value is Malformed:
         raise Malformed(f'no field "{name}" among {", ".join(map(str, record))[:200]}')
@@ -186,20 +186,33 @@ class Source:
             return pieces
         if kind == "text" and self.document != "file":
             return split_documents(pieces, SEPARATORS[self.document])
-        head, pieces = head_of(pieces)
-        if kind == "text" and self.format == "auto" and HEADER.match(head.lstrip("\n")):
-            kind = "essays"
         if kind == "text":
-            return one_document(pieces)
-        if kind in FIELDS:
-            records = headed(pieces, kind, str(file))
-        elif kind in (".csv", ".tsv"):
-            records = table(pieces, "," if kind == ".csv" else "\t", self.fields, str(file))
-        elif kind == ".json" and head.lstrip().startswith("["):
-            records = json_array(pieces, str(file))
-        else:
-            records = json_lines(pieces, str(file))
+            head, pieces = head_of(pieces)
+            if self.format != "auto" or not HEADER.match(head.lstrip("\n")):
+                return one_document(pieces)
+            kind = "essays"
+        records = headed(pieces, kind, str(file)) if kind in FIELDS else self._out_of(pieces, kind, file)
         return self._records(records, kind, file, found)
+
+    def _out_of(self, pieces: Iterator[str], kind: str, file: File) -> Iterator[tuple[str, Any]]:
+        """(where, record) of a text that is .csv, .tsv, .json or JSON lines."""
+        if kind in (".csv", ".tsv"):
+            return table(pieces, "," if kind == ".csv" else "\t", self.fields, str(file))
+        head, pieces = head_of(pieces)
+        if kind == ".json" and head.lstrip().startswith("["):
+            return json_array(pieces, str(file))
+        return json_lines(pieces, str(file))
+
+    def records(self, progress: Callable[[int], Any], found: Found) -> Iterator[tuple[str, Any]]:
+        """(where, record, or a Malformed) of files of records. UserError where one has none, or cannot be read."""
+        for file in self.files:
+            if file.suffix == ".parquet":
+                yield from parquet_rows(file, lambda names, where: names, progress)
+            elif file.suffix in RECORDS:
+                pieces = read_text(file, self.encoding, self.errors, progress, partial(found.encoding, file))
+                yield from self._out_of(pieces, file.suffix, file)
+            else:
+                raise UserError(f"{file} is plain text; expected records, in a file of {', '.join(RECORDS)}")
 
     def _records(self, records: Iterable[tuple[str, Any]], kind: str, file: File, found: Found) -> Iterator[str | None]:
         filler: Template | None = None
@@ -222,7 +235,7 @@ class Source:
                     if self.min_star and not stars_of(record) >= self.min_star:
                         found.few_stars += 1
                         continue
-                    values = {name: _text(record, name) for name in filler.fields}
+                    values = {name: field_text(record, name) for name in filler.fields}
                     if repeats_title and values["text"].startswith(values["title"] + "\n"):
                         values["text"] = values["text"][len(values["title"]) :].lstrip("\n")
                     text = filler.join(values)

@@ -156,7 +156,8 @@ def _is_header(row: list[str], fields: tuple[str, ...]) -> bool:
     columns = {column.strip() for column in row}
     if fields:
         return set(fields) <= columns and not all(name.isdigit() for name in fields)
-    return bool(columns & {*BODIES, "title", "answer", "english", "chinese", "label"})
+    known = {*BODIES, "title", "answer", "english", "chinese", "label", "prompt", "response", "instruction", "output"}
+    return bool(columns & known)
 
 
 def headed(pieces: Iterator[str], kind: str, name: str) -> Iterator[tuple[str, Any]]:

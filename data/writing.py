@@ -53,15 +53,17 @@ def held(folder: str | Path) -> Iterator[Path]:
 class DatasetWriter:
     """train.bin, val.bin and meta.json in a folder: beside the old ones until `finish`, which replaces those.
 
-    A context manager; whatever ends it before `finish` is done leaves the old files as they were and no new ones.
+    A context manager; whatever ends it before `finish` is done leaves the old files as they were and no new ones. With
+    `masks`, for examples, train.mask and val.mask have a byte for each token, see packing.py.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer, masks: bool = False) -> None:
         self.folder, self.tokenizer = Path(folder), tokenizer
+        self._names = [f"{split}.{kind}" for kind in ("bin", *["mask"] * masks) for split in SPLITS]
         self._stored = np.dtype(tokenizer.dtype).newbyteorder("<")
         self._files: dict[str, Any] = {}
         self._held = ExitStack()
-        self._hashes = {split: hashlib.sha256() for split in SPLITS}
+        self._hashes = {name: hashlib.sha256() for name in self._names}
         self._tokens = dict.fromkeys(SPLITS, 0)
         self._max_id = -1
         self._sample: list[str] = []  # the text of the first `_sample_tokens` of train.bin
@@ -70,8 +72,8 @@ class DatasetWriter:
     def __enter__(self) -> "DatasetWriter":
         self._held.enter_context(held(self.folder))
         try:
-            for split in SPLITS:
-                self._files[split] = self._beside(f"{split}.bin").open("wb", buffering=2**20)
+            for name in self._names:
+                self._files[name] = self._beside(name).open("wb", buffering=2**20)
         except OSError as error:
             self._discard()
             self._held.__exit__(type(error), error, error.__traceback__)
@@ -88,17 +90,19 @@ class DatasetWriter:
         """Whether `write` would compare what it is given next with a text."""
         return split == SPLITS[0] and self._sample_size < CHECKED and self._sample_tokens == self._tokens[split]
 
-    def write(self, split: str, ids: np.ndarray, text: str | None = None) -> None:
-        """Appends ids. `text`, where known, is what they should decode to; `finish` checks the first of it."""
+    def write(self, split: str, ids: np.ndarray, text: str | None = None, marks: np.ndarray | None = None) -> None:
+        """Appends ids, and their marks, uint8, where there are masks. `text`, where known, is what they should decode
+        to; `finish` checks the first of it."""
         if len(ids) == 0:
             return
         if text is not None and self.checks(split):
             self._sample.append(text)
             self._sample_size += len(text)
             self._sample_tokens += len(ids)
-        data = ids.astype(self._stored, copy=False)
-        self._files[split].write(data)
-        self._hashes[split].update(data)
+        for name, data in ((f"{split}.bin", ids.astype(self._stored, copy=False)), (f"{split}.mask", marks)):
+            if name in self._files:
+                self._files[name].write(data)
+                self._hashes[name].update(data)
         self._tokens[split] += len(ids)
         self._max_id = max(self._max_id, int(ids.max()))
 
@@ -117,9 +121,10 @@ class DatasetWriter:
         `documents` and `characters` are those of each split, `distinct` counts the text's distinct characters (None:
         not counted), `unknown` the occurrences of those without a token of their own; `notes` end the summary.
         """
-        for split, file in self._files.items():
-            if not self._tokens[split]:
+        for split, tokens in self._tokens.items():
+            if not tokens:
                 raise UserError(f"{split}.bin would be empty: give more text, or another --val_fraction")
+        for file in self._files.values():
             _close(file)
         ids = np.fromfile(self._beside("train.bin"), self._stored, self._sample_tokens)
         sample = "".join(self._sample)
@@ -128,14 +133,11 @@ class DatasetWriter:
                 f"round trip: the ids in {self._beside('train.bin')} are not the text; nothing was replaced"
             )
         checked = len(sample) - len(end_text(self.tokenizer)) * int((ids == self.tokenizer.end_of_text).sum())
-        files = {
-            f"{split}.bin": {
-                "bytes": self._tokens[split] * self._stored.itemsize,
-                "sha256": self._hashes[split].hexdigest(),
-                "tokens": self._tokens[split],
-            }
-            for split in SPLITS
-        }
+        files = {}
+        for name in self._names:
+            split, _, kind = name.partition(".")
+            size = self._tokens[split] * (self._stored.itemsize if kind == "bin" else 1)
+            files[name] = {"bytes": size, "sha256": self._hashes[name].hexdigest(), "tokens": self._tokens[split]}
         tokens = sum(self._tokens.values())
         meta = self.tokenizer.meta() | ({"template": template} if template else {})
         meta |= {"max_id": self._max_id, "documents": sum(documents), "characters": sum(characters), "tokens": tokens}
@@ -146,7 +148,7 @@ class DatasetWriter:
 
         first = sample.split(end_text(self.tokenizer))[0] if end_text(self.tokenizer) else sample
         line = next((line for line in first.split("\n") if line.strip()), "")
-        pieces = self.tokenizer.pieces(self.tokenizer.encode(line[:200]))
+        pieces = self.tokenizer.pieces(self.tokenizer.encode_prompt(line[:200]))
         counted = {"documents": documents, "characters": characters, "tokens": list(self._tokens.values())}
         print(f"{'':<10}" + "".join(f"{name:>17}" for name in (*SPLITS, "in all")))
         for name, pair in counted.items():
@@ -181,11 +183,13 @@ class DatasetWriter:
                 file.write(text)
                 _close(file)
         for name in FILES:  # meta.json is the last of them
-            if name in texts or name.endswith(".bin"):
+            if name in texts or name in self._names:
                 os.replace(self._beside(name), self.folder / f"{name}.new")
         settle(self.folder)
-        if was_bpe and "tokenizer.json" not in texts:
-            (self.folder / "tokenizer.json").unlink(missing_ok=True)
+        of_old = [name for name in FILES if name.endswith(".mask") or name == "tokenizer.json" and was_bpe]
+        for name in of_old:
+            if name not in texts and name not in self._names:
+                (self.folder / name).unlink(missing_ok=True)
 
     def _beside(self, name: str) -> Path:
         return self.folder / f"{name}.tmp"

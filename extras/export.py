@@ -7,6 +7,7 @@
 Notable choices:
 - Nothing of transformers is needed to write it: config.json, model.safetensors and tokenizer.json are formats.
 - A char tokenizer becomes a BPE without merges, its bytes the <0x00> to <0xFF> of Llama's; it keeps its ids.
+- A layout of conversations becomes a chat template, so that apply_chat_template gives the ids that were trained on.
 """
 
 import sys
@@ -24,6 +25,8 @@ import os
 import tempfile
 
 import checkpoint
+from adapt import is_adapted
+from chat import ChatTokenizer
 from tokenizer import (
     BYTE_OF,
     END_OF_TEXT,
@@ -53,6 +56,8 @@ def check_dest(dest: Path) -> None:
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
     """The tokenizer's files, by name, with their text."""
+    if isinstance(tokenizer, ChatTokenizer):
+        return chat_files(tokenizer, block_size)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
     settings["clean_up_tokenization_spaces"] = False
     special, files = {}, {}
@@ -77,6 +82,32 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         files["tokenizer.json"] = tokenizer_json(model, special, decoder=decoder)
         settings["weigpt_tokenizer"] = tokenizer.meta()
     return files | {"tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2)}
+
+
+def chat_files(tokenizer: ChatTokenizer, block_size: int) -> dict[str, str]:
+    """Those of its base with the marks of the layout, and the layout as a template."""
+    files = tokenizer_files(tokenizer.base, block_size)
+    definition, settings = (json.loads(files[name]) for name in ("tokenizer.json", "tokenizer_config.json"))
+    definition["added_tokens"] += json.loads(tokenizer_json({}, tokenizer.special))["added_tokens"]
+    end = tokenizer.decode([tokenizer.end_of_text])
+    settings |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
+    settings |= {"chat_template": chat_template(tokenizer, end), "weigpt_tokenizer": tokenizer.meta()}
+    return {
+        "tokenizer.json": json.dumps(definition, ensure_ascii=False),
+        "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2),
+    }
+
+
+def chat_template(tokenizer: ChatTokenizer, end: str) -> str:
+    """The layout in Jinja, `end` in the place of <|endoftext|>."""
+    parts = {role: text.replace(END_OF_TEXT, end).split("{content}") for role, text in tokenizer.layout.items()}
+    quoted = {role: [json.dumps(part, ensure_ascii=False) for part in pair] for role, pair in parts.items()}
+    cases = "{% el".join(
+        f"if message['role'] == '{role}' %}}{{{{ {before} + message['content'] + {after} }}}}"
+        for role, (before, after) in quoted.items()
+    )
+    opening = f"{{% if add_generation_prompt %}}{{{{ {quoted['assistant'][0]} }}}}{{% endif %}}"
+    return f"{{% for message in messages %}}{{% {cases}{{% endif %}}{{% endfor %}}{opening}"
 
 
 def gpt2_vocabulary(tokenizer: GPT2Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
@@ -110,6 +141,8 @@ def main(c: Config) -> None:
     except ImportError:
         raise UserError("the weights need a package: pip install safetensors") from None
     model = checkpoint.model_of(state, path, state["model_args"].get("dropout", 0.0))
+    if is_adapted(model):
+        raise UserError(f"{path} has adapters, and GPT-2's layout has no place for those (LoRA is merged)")
     tokenizer = checkpoint.tokenizer_of(state, path)
     with user_errors(ValueError, about=str(path)):
         settings, tensors = model.to_hf()

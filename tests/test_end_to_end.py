@@ -77,7 +77,7 @@ def test_every_command_of_the_readme(tmp_path):
     """In order, in one copy of the repository, as someone who reads from top to bottom would."""
     clone = tmp_path / "weiGPT"
     skipped = shutil.ignore_patterns(
-        ".git", ".venv", "out*", "wandb", "__pycache__", "*.bin", "meta.*", "input.txt", ".*_cache"
+        ".git", ".venv", "out*", "wandb", "__pycache__", "*.bin", "*.mask", "meta.*", "input.txt", ".*_cache"
     )
     shutil.copytree(ROOT, clone, ignore=skipped)
     (clone / ".venv").symlink_to(sys.prefix)  # what `make` and the first commands install

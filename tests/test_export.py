@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, random_texts, run_script
 from test_tokenizer import bert_folder, trained
 
 import checkpoint
+from chat import LAYOUT, ChatTokenizer
 from configurator import Config, UserError
 from extras import export
 from model import GPT, GPTConfig
@@ -28,6 +29,7 @@ TOKENIZERS = {
     "plain with an end": CharTokenizer(CHARS, byte_fallback=False, end_of_text=True),
     "gpt2": GPT2Tokenizer(),
 }
+WORDY = {"system": "{content}\n", "user": '"Q:\\" {content}\n', "assistant": "A: {content}<|endoftext|>\n"}
 KINDS = [pytest.param(name, marks=[needs_gpt2] if name == "gpt2" else []) for name in TOKENIZERS]
 
 
@@ -92,6 +94,27 @@ def test_transformers_has_our_ids_and_our_text(tmp_path, kind):
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text == tokenizer.decode(ids)
         if tokenizer.end_of_text is not None:
             assert tokenizer.encode_prompt(text).tolist() == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [LAYOUT, WORDY])
+def test_the_layout_of_conversations_is_a_chat_template(tmp_path, kind, layout):
+    tokenizer = ChatTokenizer(TOKENIZERS[kind], layout)
+    a_run(tmp_path, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(exported(tmp_path))
+    assert len(theirs) == tokenizer.vocab_size and theirs.eos_token_id == tokenizer.end_of_text
+    texts = [text for text in random_texts(60) if text and "<|" not in text]
+    if "plain" in kind:
+        texts = list(filter(None, ("".join(c for c in text if c in CHARS) for text in texts)))
+    for one, two, three in zip(texts, texts[1:], texts[2:], strict=False):
+        messages = [dict(zip(("role", "content"), pair, strict=True)) for pair in
+                    (("system", one), ("user", two), ("assistant", three), ("user", one))]  # fmt: skip
+        asked = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert asked == tokenizer.decode(tokenizer.opening(messages, 10**6))
+        if layout is LAYOUT:  # a template's text is encoded as a whole, which is the same where marks stand between
+            assert theirs(asked, add_special_tokens=False)["input_ids"] == tokenizer.opening(messages, 10**6)
+    again = hf_tokenizer(tmp_path / "hf")
+    assert again == tokenizer and isinstance(again, ChatTokenizer)
 
 
 @needs_gpt2

@@ -84,18 +84,18 @@ def test_uint32_where_meta_says_so(tmp_path):
 
 
 def take(batches, n):
-    return [(m, x.tolist(), y.tolist()) for m, x, y in (next(batches) for _ in range(n))]
+    return [(m, share, x.tolist(), y.tolist()) for m, share, x, y, _ in (next(batches) for _ in range(n))]
 
 
 def test_processes_share_what_one_process_reads_alone(tmp_path):
     tokens = open_mixture(parts_of(str(make(tmp_path))), "train", 8)
     common = dict(block_size=8, batch_size=2, micro_steps=4, vocab_size=50, seed=9, first=6, device="cpu")
     alone = take(training_batches(tokens, rank=0, world_size=1, **common), 12)
-    assert [m for m, _, _ in alone] == [0, 1, 2, 3] * 3
+    assert [(m, share) for m, share, _, _ in alone] == [(m, 4) for m in (0, 1, 2, 3)] * 3
     for world in (2, 4):
         ranks = [training_batches(tokens, rank=r, world_size=world, **common) for r in range(world)]
         shared = [one for _ in range(12 // world) for batches in ranks for one in take(batches, 1)]
-        assert shared == alone
+        assert [(m, 4, x, y) for m, _, x, y in shared] == alone and {one[1] for one in shared} == {4 / world}
     # beginning later is skipping: a step is 8 sequences
     later = take(training_batches(tokens, rank=0, world_size=1, **(common | {"first": 14})), 8)
     assert later == alone[4:]

@@ -43,11 +43,24 @@ def corpora(folder: Path) -> None:
         "".join(f"第{n}回，却说刘姥姥进了大观园，见了许多没见过的东西。\n" for n in range(300)),
         "utf-8",
     )
+    chat = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好，我是微GPT。"}]
+    files["chats.jsonl"] = (json.dumps({"messages": chat}, ensure_ascii=False) + "\n") * 2, "utf-8"
     files["poems.txt"] = "床前明月光，疑是地上霜。\n" * 30, "utf-8"
     for name, (text, encoding) in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding=encoding)
+
+
+def conversations(folder: Path) -> list[str]:
+    """The examples, by the masks, as text with the marks spelled out."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    table = [*meta["base"]["chars"], *[f"<{b:02X}>" for b in range(256)], "<E>", "<S>", "<U>", "<A>"]
+    found = []
+    for split in ("train", "val"):
+        ids, marks = np.fromfile(folder / f"{split}.bin", "<u2"), np.fromfile(folder / f"{split}.mask", np.uint8)
+        found += np.split(ids, np.flatnonzero(marks & 2)[1:])
+    return sorted("".join(table[id] for id in ids) for ids in found)
 
 
 def documents(folder: Path) -> list[str]:
@@ -61,7 +74,7 @@ def documents(folder: Path) -> list[str]:
 def test_every_recipe(tmp_path):
     clone = tmp_path / "weiGPT"
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "out*", "wandb", "__pycache__", "*.bin", "meta.*", "input.txt", ".*_cache"
+        ".git", ".venv", "out*", "wandb", "__pycache__", "*.bin", "*.mask", "meta.*", "input.txt", ".*_cache"
     )
     shutil.copytree(ROOT, clone, ignore=ignored)
     corpora(clone)
@@ -80,6 +93,12 @@ def test_every_recipe(tmp_path):
         assert done.returncode == 0 and "Traceback" not in done.stderr, f"{command}\n{done.stdout}\n{done.stderr}"
     data = clone / "data"
     numbers = range(80)
+    assert conversations(data / "chats") == ["<U>你好<A>你好，我是微GPT。<E>"] * 2
+    assert conversations(data / "answers") == sorted(f"<U>问{n}？<A>答{n}。<E>" for n in numbers)
+    assert conversations(data / "advice") == sorted(f"<U>问{n}？<A>答{n}。<E>" for n in numbers if n >= 10)
+    assert conversations(data / "translate") == sorted(f"<U>翻译成中文：Sentence {n}.<A>第{n}句。<E>" for n in numbers)
+    asked = "给下面的文章起一个标题：\n"
+    assert conversations(data / "titles") == sorted(f"<U>{asked}第{n}条。<A>新闻{n}<E>" for n in numbers)
     assert documents(data / "wiki") == sorted(f"《词{n}》\n" + "条目。" * 40 for n in range(60))
     assert documents(data / "news") == sorted(f"《新闻{n}》\n第{n}条。" for n in numbers)
     assert documents(data / "baike") == sorted(f"《问{n}？》\n答{n}。" for n in numbers)

@@ -13,7 +13,7 @@ from conftest import ROOT, run_script
 
 from configurator import UserError
 from loader import dataset_folder, open_split
-from tokenizer import CharTokenizer, load_tokenizer, read_meta
+from tokenizer import FILES, CharTokenizer, load_tokenizer, read_meta
 from writing import DatasetWriter
 
 PREPARE = ROOT / "data" / "chinese" / "prepare.py"
@@ -147,7 +147,7 @@ def test_killed_between_any_two_renames(tmp_path, texts, tokenizer):
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     own = 1 if tokenizer == "char" else 2  # files besides the .bin ones
-    commit, renames, outcomes = 2 + own, 2 + own + 4, []
+    commit, renames, outcomes = 2 + own, 2 + own + len(FILES), []
     for before in range(renames + 1):
         for first in (False, True) if tokenizer == "char" else (False,):
             dest = tmp_path / f"{before}-{first}"
