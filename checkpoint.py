@@ -313,7 +313,7 @@ def pretrained(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None
     and for any other the tokenizer is None. UserError where something is missing, broken or does not fit together.
     """
     folder = Path(source)
-    if is_checkpoint(source):
+    if is_checkpoint(source) or folder.suffix == ".pt":
         path, state = best(source)
         return model_of(state, path, dropout), tokenizer_of(state, path)
     with user_errors(ValueError):

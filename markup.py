@@ -1,4 +1,4 @@
-"""HTML for the page: lines of text, and tokens on the colours of their probabilities."""
+"""HTML for the page: lines of text, conversations, and tokens on the colours of their probabilities."""
 
 import math
 from html import escape
@@ -13,6 +13,18 @@ def said(text: str, ended: bool = False) -> str:
     """HTML of a line; while it still counts, a screen reader does not see it."""
     hidden = "" if ended else ' aria-hidden="true"'
     return f'<p class="status"{hidden}>{escape(text)}</p>'
+
+
+def talked(messages: list[dict[str, str]], said_in: dict[str, str]) -> str:
+    """HTML of a conversation. The last message is left open: while it grows, Gradio sends what is new alone."""
+    if not messages:
+        return f'<p class="hint">{escape(said_in["talk_hint"])}</p>'
+    shown = [
+        f'<div class="message {message["role"]}"><b>{said_in["you" if message["role"] == "user" else "model"]}</b>'
+        f"<div>{escape(message['content']) or '…'}"
+        for message in messages
+    ]
+    return '<div class="messages">' + "</div></div>".join(shown)
 
 
 def percent(logprob: float) -> str:

@@ -1,4 +1,5 @@
-"""The page that serve.py shows: writing, the probabilities behind a text, and the run that made the model.
+"""The page that serve.py shows: writing, the probabilities behind a text, and the run that made the model; and before
+them a conversation, with a model that was trained on some.
 
 Notable choices:
 - Everything comes from this server: the system's fonts, Gradio's own scripts, no analytics.
@@ -12,8 +13,8 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -23,19 +24,25 @@ import gradio as gr
 import pandas as pd
 from fastapi import FastAPI
 
+from chat import ChatTokenizer
 from configurator import UserError, tell
 from engine import Engine, Full, Job, Refused, Work
 from generate import Piece, Sampling, Token, beginning, has_title, score, stream, titled
 from history import History, thinned
 from markup import coloured, said
 from model import GPT
+from talk import Talk
 from tokenizer import Tokenizer
 from words import STORIES, words
 
 SCORED, ALTERNATIVES = 1000, 8  # tokens whose probabilities are shown at once, and the likeliest in each one's place
-EVERY = 0.1  # seconds between two looks at a text that grows
+EVERY = 0.1  # seconds between two looks at texts that grow
+DRAW = 1e-4  # and at least so many for each of their characters, all of which a browser draws anew
 DRAWN = 50  # of the run's samples, the newest
 LOOK = 2.0  # seconds between two looks at the run's log
+# Seconds for which an event stays open after its last word. A browser closes the stream of news once the server says
+# that nothing is open, even if it has asked for something since then, whose news it would never get.
+LINGER = 10.0
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 HERE = Path(__file__).resolve().parent
 KEY = "words."  # before a word's key, for Gradio takes a value that is a key for the word, a story's text, too
@@ -49,10 +56,10 @@ DARKER = {
     "input_placeholder_color": "*neutral_500",
     "input_placeholder_color_dark": "*neutral_400",
 }
-# the language is told to screen readers, and where the status line is, which they read out once it has ended
+# the language is told to screen readers, and where a status line is, which they read out once it has ended
 TOLD = """(lang) => {
   document.documentElement.lang = lang;
-  document.getElementById("status").setAttribute("role", "status");
+  document.querySelectorAll("#status, #talk-status").forEach((line) => line.setAttribute("role", "status"));
 }"""
 # the clipboard's own interface is there on https and on localhost alone
 COPY = """(text) => {
@@ -106,8 +113,8 @@ class Page:
         self.name, self.samples, self.max_tokens = name, min(STORIES, max_rows), max_tokens
         self.history, self.reading, self.version = History(folder), threading.Lock(), 0
         self.jobs: dict[str, Job] = {}  # of each page that is open
-        self.turns: dict[str, object] = {}  # the newest turn at each page's stories
-        self.filling: dict[str, asyncio.Lock] = {}  # and what lets one after the other fill them
+        self.turns: dict[str, asyncio.Event] = {}  # of each page the newest turn to write; set where it is over
+        self.filling: dict[str, asyncio.Lock] = {}  # and what lets one after the other write
         keyed = {lang: {KEY + key: text for key, text in words(lang).items()} for lang in ("zh", "en")}
         self.i18n = gr.I18n(**keyed)
         self.worded: list[tuple[Any, dict[str, str]]] = []  # components, and which words which of their properties are
@@ -128,6 +135,11 @@ class Page:
             for key, word in worded.items()
         }
 
+    def slider(self, word: str, low: float, high: float, value: float, step: float, **how: Any) -> gr.Slider:
+        how = {"elem_id": word, "buttons": [], "worded": {"label": word}} | how
+        high = max(high, low + step)  # Gradio takes none that cannot be moved; more than may be is cut down to that
+        return self.add(gr.Slider, low, high, value, step=step, **how)
+
     def build(self) -> gr.Blocks:
         quiet = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
         anew = quiet | {"trigger_mode": "multiple"}  # of two that are asked for, the second one ends the first
@@ -137,6 +149,11 @@ class Page:
             with gr.Row(elem_id="head"):
                 gr.HTML(f"<h1>微GPT · {escape(self.name)}</h1>")
                 switch = self.add(gr.Button, size="sm", elem_id="switch", worded={"value": "switch"})
+            tabs = []
+            if isinstance(self.tokenizer, ChatTokenizer):
+                with self.add(gr.Tab, worded={"label": "talk_tab"}) as talk_tab:
+                    self.talk = Talk(self, lang, anew, soon)
+                tabs.append(talk_tab)
             with self.add(gr.Tab, worded={"label": "write_tab"}) as write_tab:
                 self.build_writing(lang, anew, soon)
             with self.add(gr.Tab, worded={"label": "tokens_tab"}) as tokens_tab:
@@ -145,13 +162,15 @@ class Page:
                 timer, look = self.build_run(lang, quiet)
             run_tab.select(lambda: gr.Timer(active=True), None, timer, **soon)
             run_tab.select(**look)
-            for tab in (write_tab, tokens_tab):
+            for tab in (*tabs, write_tab, tokens_tab):
                 tab.select(lambda: gr.Timer(active=False), None, timer, **soon)
             parts = [component for component, _ in self.worded]
             begun = blocks.load(self.begin, lang, [lang, *parts], **soon)
             switched = switch.click(self.switch, lang, [lang, *parts], **soon)
             for event in (begun, switched):
                 event.then(None, lang, None, js=TOLD)
+                if tabs:
+                    event.then(self.talk.look, [self.talk.messages, lang], self.talk.shown, **soon)
             switched.then(**look)
             blocks.unload(self.leave)
         blocks.max_threads += self.engine.max_waiting  # events at a time: who waits to write is one
@@ -159,7 +178,6 @@ class Page:
         return blocks
 
     def build_writing(self, lang: Any, anew: dict[str, Any], soon: dict[str, Any]) -> None:
-        most = min(1000, self.max_tokens)
         with gr.Row():
             with gr.Column(scale=2, elem_id="left"):
                 with gr.Column(elem_id="asked"):
@@ -176,17 +194,12 @@ class Page:
                         write = self.add(**button, variant="primary", elem_id="write", worded={"value": "write"})
                         stop = self.add(**button, variant="stop", elem_id="stop", worded={"value": "stop"})
                 with gr.Column(elem_id="settings"):
-
-                    def slider(word: str, low: float, high: float, value: float, step: float, **how: Any) -> gr.Slider:
-                        how |= {"step": step, "buttons": [], "elem_id": word, "worded": {"label": word}}
-                        return self.add(gr.Slider, low, high, value, **how)
-
                     settings = [
-                        slider("length", 1, most, min(32, most), 1),
-                        slider("top_k", 0, 200, 3, 1),
-                        slider("top_p", 0.01, 1, 0.95, 0.01),
-                        slider("temperature", 0, 2, 1, 0.05),
-                        slider("penalty", 1, 2, 1, 0.05),
+                        self.slider("length", 1, self.max_tokens, min(32, self.max_tokens), 1),
+                        self.slider("top_k", 0, 200, 3, 1),
+                        self.slider("top_p", 0.01, 1, 0.95, 0.01),
+                        self.slider("temperature", 0, 2, 1, 0.05),
+                        self.slider("penalty", 1, 2, 1, 0.05),
                         self.add(
                             gr.Number,
                             -1,
@@ -197,7 +210,7 @@ class Page:
                             worded={"label": "seed"},
                         ),
                     ]
-                    samples = slider("samples", 1, self.samples, 1, 1, visible=self.samples > 1)
+                    samples = self.slider("samples", 1, self.samples, 1, 1, visible=self.samples > 1)
             with gr.Column(scale=3, elem_id="answer"):
                 status = gr.HTML(said(""), elem_id="status")
                 groups, stories = [], []
@@ -293,8 +306,9 @@ class Page:
     async def leave(self, request: gr.Request) -> None:
         """A page is closed."""
         self.stop(request)
-        for kind in (self.turns, self.filling):
-            kind.pop(request.session_hash, None)
+        if turn := self.turns.pop(request.session_hash, None):
+            turn.set()
+        self.filling.pop(request.session_hash, None)
 
     def stop(self, request: gr.Request) -> None:
         if job := self.jobs.get(request.session_hash):
@@ -326,40 +340,55 @@ class Page:
         self, lang: str, prompts: list[str], first: int, settings: Sequence[float | None], request: gr.Request
     ) -> AsyncIterator[tuple[str, list[Any]]]:
         """What to show while texts grow: the status, and each text where it has changed. Row k is sample first + k."""
-        page, turn = request.session_hash, object()
-        self.turns[page] = turn
-        self.stop(request)
-        # what the turn before has said must have reached the page before this one says anything
-        growing = self.growing(lang, prompts, first, settings, request)
-        async with self.filling.setdefault(page, asyncio.Lock()), aclosing(growing):
-            async for shown in growing:
-                if self.turns.get(page) is not turn:  # the boxes are the next one's by now
-                    return
-                yield shown
-
-    async def growing(
-        self, lang: str, prompts: list[str], first: int, settings: Sequence[float | None], request: gr.Request
-    ) -> AsyncIterator[tuple[str, list[Any]]]:
-        said_in, texts, begun, tokens = words(lang), list(prompts), time.perf_counter(), 0
-        unchanged = [gr.skip()] * len(prompts)
         length, top_k, top_p, temperature, penalty, seed = settings
-        try:
-            sampling = Sampling(
+
+        def sampling() -> Sampling:
+            return Sampling(
                 max_new_tokens=min(int(length), self.max_tokens), top_k=int(top_k), top_p=top_p,
                 temperature=temperature, repetition_penalty=penalty,
                 seed=secrets.randbelow(10**6) if seed is None or seed < 0 else int(seed),
             )  # fmt: skip
-            unseen = ""
+
+        ids = partial(beginning, self.tokenizer, prompts[0])
+        async for shown in self.turn(request, self.growing(request, lang, prompts, ids, sampling, first)):
+            yield shown
+
+    async def turn(self, request: gr.Request, growing: AsyncGenerator[Any]) -> AsyncIterator[Any]:
+        """What grows, until the page's next turn."""
+        page, turn = request.session_hash, asyncio.Event()
+        if before := self.turns.get(page):
+            before.set()
+        self.turns[page] = turn
+        self.stop(request)
+        # what the turn before has said must have reached the page before this one says anything
+        async with self.filling.setdefault(page, asyncio.Lock()), aclosing(growing):
+            async for shown in growing:
+                if turn.is_set():  # the page is the next one's by now
+                    return
+                yield shown
+        with suppress(TimeoutError):
+            await asyncio.wait_for(turn.wait(), LINGER)
+
+    async def growing(
+        self, request: gr.Request, lang: str, starts: Sequence[str], ids: Callable[[], list[int]],
+        sampling: Callable[[], Sampling], first: int = 0,
+    ) -> AsyncGenerator[tuple[str, list[Any]]]:  # fmt: skip
+        """Texts that begin with `starts` and go on from the same `ids`: the status, and each where it has changed."""
+        said_in, texts, begun, tokens = words(lang), list(starts), time.perf_counter(), 0
+        unchanged = [gr.skip()] * len(texts)
+        try:
+            drawn = sampling()
+            unseen, grown, due = "", set(), begun
 
             def figures() -> str:
                 seconds = time.perf_counter() - begun
-                return said_in["figures"].format(seconds=seconds, tokens=tokens, seed=sampling.seed) + unseen
+                return said_in["figures"].format(seconds=seconds, tokens=tokens, seed=drawn.seed) + unseen
 
             def work(stopped) -> Iterator[int | Piece]:
-                ids = beginning(self.tokenizer, prompts[0])
-                yield len(ids)
-                rows = [ids] * len(prompts)
-                yield from stream(self.model, self.tokenizer, rows, sampling, first=first, stopped=stopped)
+                prompt = ids()
+                yield len(prompt)
+                rows = [prompt] * len(texts)
+                yield from stream(self.model, self.tokenizer, rows, drawn, first=first, stopped=stopped)
 
             with self.job(work, request) as job:
                 yield said(said_in["running"] + figures()), list(texts)
@@ -367,18 +396,23 @@ class Page:
                     if batch and isinstance(batch[0], int):
                         read = batch.pop(0)
                         unseen = said_in["unseen"].format(context=self.context) if read > self.context else ""
-                    grown = {piece.row for piece in batch}
+                    grown |= {piece.row for piece in batch}
                     for piece in batch:
                         texts[piece.row] += piece.text
                         tokens += len(piece.tokens)
+                    if time.perf_counter() < due:
+                        continue
                     now = said_in["running"] + figures()
                     if ahead := self.engine.ahead(job):
                         now = said_in["waiting"].format(ahead=ahead, seconds=time.perf_counter() - begun)
                     yield said(now), [texts[k] if k in grown else gr.skip() for k in range(len(texts))]
+                    grown, due = set(), time.perf_counter() + DRAW * sum(map(len, texts))
                 ended = said_in["stopped" if job.stopped.is_set() else "done"]
             yield said(ended + figures(), ended=True), list(texts)
         except Exception as error:
             yield said(reason(error, said_in), ended=True), unchanged
+        # Gradio says once more what came last when the event is closed, and by then a text may have been edited
+        yield gr.skip(), unchanged
 
     async def show(self, request: gr.Request, lang: str, text: str) -> str:
         """HTML of a text's tokens in the colours of their probabilities."""

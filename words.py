@@ -3,9 +3,19 @@
 STORIES = 6  # beside each other at most
 WORDS = {
     "switch": ("English", "中文"),
+    "talk_tab": ("对话", "Chat"),
     "write_tab": ("写作", "Write"),
     "tokens_tab": ("概率", "Probabilities"),
     "run_tab": ("训练过程", "Training run"),
+    # conversation
+    "talk_hint": ("和模型说点什么吧", "Say something to the model"),
+    "you": ("你", "You"),
+    "model": ("模型", "Model"),
+    "question": ("要说的话", "Message"),
+    "question_hint": ("回车发送，Shift+回车换行", "Enter sends, Shift+Enter breaks the line"),
+    "send": ("发送", "Send"),
+    "again": ("重新回答", "Answer again"),
+    "new_talk": ("新对话", "New conversation"),
     # writing
     "title": ("标题", "Title"),
     "title_hint": ("可以留空", "may stay empty"),

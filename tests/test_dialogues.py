@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, TINY_ARGS, run_script, torchrun
-from dialogues import DIRECTIONS, Dialogues, open_dialogues
 from test_train import RUN, assert_same_state, figures
 
 import checkpoint
 from chat import ChatTokenizer
 from configurator import Config, UserError
+from dialogues import DIRECTIONS, Dialogues, open_dialogues
 from documents import Found
 from generate import Sampling, continuations
 from loader import open_split

@@ -84,6 +84,11 @@ def test_every_command_of_the_readme(tmp_path):
     (clone / "novel.txt").write_text(TEXT, encoding="utf-8")
     (clone / "more.txt").write_text(TEXT[::-1], encoding="utf-8")
     (clone / "docs.jsonl").write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(4)), encoding="utf-8")
+    chats = [{"prompt": f"{c}？", "response": c * 2} for c in TEXT[:20]]
+    (clone / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+    titles = [f"{word}{n}\t{label}\n" for n in range(20) for label, word in enumerate(("足球", "股票"))]
+    for name in ("titles.tsv", "new.tsv"):
+        (clone / name).write_text("".join(titles), encoding="utf-8")
     english = clone / "english.txt"
     english.write_text("To be, or not to be: that is the question.\n" * 60, encoding="utf-8")
     gpt2 = "TIKTOKEN_CACHE_DIR" in os.environ and bool(importlib.util.find_spec("datasets"))
@@ -129,6 +134,8 @@ def test_every_command_of_the_readme(tmp_path):
                 run += " --device=cpu --max_new_tokens=8 --num_samples=2"
             elif "bench.py" in run:
                 run += f" {SMALL_BENCH} --num_rounds=1"
+            elif "classify.py train" in run:
+                run += " --epochs=1"
             elif "pico.py" in run:
                 run += " --max_new_tokens=4"
             elif "shakespeare" in run:
