@@ -1,7 +1,7 @@
 # A model of yours, a little further on a text of yours, with the model's own vocabulary and a small constant rate.
 # $ python data/chinese/prepare.py --input=more.txt --tokenizer=out-chinese --dest=data/more
 # $ python train.py config/finetune_chinese.py
-# From another model: --init_from=out-demo, a Hugging Face folder, or gpt2, whose text is prepared with --tokenizer=gpt2.
+# From another model: --init_from=out-demo, a Hugging Face folder, or gpt2 (its text with --tokenizer=gpt2).
 
 out_dir = "out-more"
 init_from = "out-chinese"

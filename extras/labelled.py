@@ -99,12 +99,15 @@ def listed(value: Any) -> list[Any]:
 
 
 def split(examples: list[Example], val_fraction: float) -> tuple[list[Example], list[Example]]:
-    """(to train on, held out)."""
-    sides: tuple[list[Example], list[Example]] = ([], [])
-    for each in examples:
-        sides[derive_seed("held out", *each.texts) < val_fraction * 2**63].append(each)
-    if not all(sides):
+    """(to train on, held out), by the hash of their texts. UserError where there is nothing to split."""
+    numbers = [derive_seed("held out", *each.texts) for each in examples]
+    low, high = min(numbers), max(numbers)
+    if not val_fraction or low == high:
         raise UserError(f"--val_fraction={val_fraction} of {len(examples)} records leaves one side empty: give --val")
+    limit = min(max(val_fraction * 2**63, low + 1), high)  # of a few records, too, each side has one
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for number, each in zip(numbers, examples, strict=True):
+        sides[number < limit].append(each)
     return sides
 
 

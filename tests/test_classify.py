@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, run_script
 
 import checkpoint
 from configurator import Config, UserError
-from extras import classify
+from extras import classify, labelled
 from model import GPT, GPTConfig, derive_seed
 from tokenizer import CharTokenizer
 
@@ -515,3 +515,15 @@ def test_more_mistakes(tmp_path, monkeypatch, capsys):
     trained(tmp_path, data)
     predicted(tmp_path, val)
     assert "the labels of" in capsys.readouterr().err and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_of_a_few_records_each_side_has_one():
+    made = examples("single", *[[f"第{n}个"] for n in range(6)])
+    for fraction in (1e-9, 0.1, 0.5, 0.999999):
+        train, held_out = labelled.split(made, fraction)
+        assert train and held_out and len(train) + len(held_out) == 6
+        again = labelled.split(made[::-1], fraction)
+        assert sorted(each.texts[0] for each in again[1]) == sorted(each.texts[0] for each in held_out)
+    assert [len(side) for side in (labelled.split(made, 1e-9)[1], labelled.split(made, 0.999999)[0])] == [1, 1]
+    with pytest.raises(UserError, match="one side empty"):
+        labelled.split(made[:1], 0.5)
