@@ -2,7 +2,7 @@
 # $ python data/instruct/prepare.py --tokenizer=out-demo
 # $ python train.py config/finetune_instruct.py
 # $ python sample.py --out_dir=out-instruct --interactive
-# Of a large model only a few parameters: --lora_rank=8 --learning_rate=1e-3 (docs/finetuning.md).
+# A few of its parameters alone: --lora_rank=8 --learning_rate=1e-2 (docs/finetuning.md).
 
 out_dir = "out-instruct"
 init_from = "out-demo"
@@ -17,7 +17,7 @@ batch_size = 16
 block_size = 128  # at most the model's own context; longer examples are cut
 dropout = 0.1
 
-learning_rate = 1e-3
+learning_rate = 3e-4
 beta2 = 0.99
 weight_decay = 0.0
 lr_schedule = "linear"
