@@ -1,8 +1,8 @@
 """Conversations as tokens: who speaks is told by tokens that no text has.
 
 Notable choices:
-- A vocabulary is kept as it is, and grows at its end by a token for each mark in the layout, such as <|user|>. A text
-  in which a mark is spelled out has its characters, so nobody can speak in another's name.
+- A vocabulary is kept as it is, and grows at its end by a token for each mark in the layout, such as <|user|>. Where a
+  message spells one out, it has its characters, so nobody can speak in another's name.
 - An answer ends with the end-of-text token, at which every generator here stops already.
 - A message's text is encoded by itself, between its marks: so what stands before an answer is the same ids in training
   and when one is asked for.

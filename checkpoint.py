@@ -171,8 +171,13 @@ def updates_in(path: Path) -> float:
 
 
 def peek(path: Path) -> dict[str, Any]:
-    """A checkpoint that is not verified, its tensors mapped from the file instead of read."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """A checkpoint that is not verified, its tensors mapped from the file instead of read. UserError where it has no
+    plain values at all."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or no PyTorch checkpoint ({reason})") from error
 
 
 def best(source: str) -> tuple[Path, dict[str, Any]]:
@@ -230,6 +235,9 @@ def _base(source: str, path: str, sha256: str, where: str | Path, dropout: float
         if not Path(place).exists() and not place.startswith("gpt2"):
             problems.append(f"{place} is not there")
             continue
+        if Path(place).is_dir() and not (is_checkpoint(place) or (Path(place) / "config.json").is_file()):
+            problems.append(f"{place} has no model in it")
+            continue
         try:
             if is_checkpoint(place) and "adapter" in peek(best_path(place)):  # which could be on this one, in a circle
                 raise UserError(f"{place} is an adapter itself")
@@ -242,7 +250,7 @@ def _base(source: str, path: str, sha256: str, where: str | Path, dropout: float
         problems.append(f"{place} holds another model now")
     raise UserError(
         f"{where} is an adapter and needs the model that it was trained on, {source}, whose weights have the sha256 "
-        f"{sha256[:16]}...: {'; '.join(problems)}; put that model back there"
+        f"{sha256[:16]}...: {'; '.join(dict.fromkeys(problems))}; put that model back there"
     )
 
 
@@ -250,9 +258,10 @@ def adapter_on(source: str, model: GPT, adaptation: adapt.Adaptation, out_dir: s
     """What a checkpoint of an adapter holds besides its weights: `adapter`, and `base`, which is `model` as it came
     from `source`; nothing where no adapter is trained. UserError where none can be trained on it."""
     if adapt.is_adapted(model):
+        folder = best_path(source).parent
         raise UserError(
             f"init_from={source} has adapters, which nothing else can be trained on: go on training them with "
-            f"--init_from=resume --out_dir={source}, or start from the model that they are on"
+            f"--init_from=resume --out_dir={folder}, or start from the model that they are on"
         )
     if not adaptation.adds:
         return {}

@@ -50,7 +50,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import exp
 from pathlib import Path
 
@@ -207,9 +207,10 @@ def talk(system: list[Message], begin: Callable[[list[Message], int], Iterable[P
     said in this turn."""
     said = list(system)
     lines = typed("Ask something. /new: another conversation. Ctrl-C: end its turn. Ctrl-D: end.")
-    for turn, line in enumerate(lines):
+    for turn, line in enumerate(map(str.strip, lines)):
         if line == "/new":
             said = list(system)
+        if line in ("/new", ""):
             continue
         asked = [*said, {"role": "user", "content": line}]
         try:
@@ -232,6 +233,12 @@ def main(c: Config) -> None:
     chats = isinstance(tokenizer, ChatTokenizer)
     if (c.ask or c.system) and not chats:
         raise UserError("ask and system are for a model that was fine-tuned on conversations, see data/instruct")
+    if c.ask or c.interactive and chats:
+        if ignored := [key for key in ("start", "title", *["ask"] * c.interactive) if key in c.given]:
+            raise UserError(f"{ignored[0]} does not go together with {'interactive' if c.interactive else 'ask'}")
+        sampling = replace(sampling, stop=[*sampling.stop, *tokenizer.special])  # nobody else speaks in an answer
+    elif c.system:
+        raise UserError("system comes before a question: give one with --ask, or --interactive")
     system = [{"role": "system", "content": c.system}] if c.system else []
 
     def opening(messages: list[Message]) -> list[int]:

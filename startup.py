@@ -266,9 +266,12 @@ def common_tokenizer(parts: tuple[Part, ...]) -> Tokenizer:
     first, tokenizer = parts[0], load_tokenizer(parts[0].folder)
     for part in parts[1:]:
         if load_tokenizer(part.folder) != tokenizer:
+            kept, again = first, part
+            if isinstance(load_tokenizer(part.folder), ChatTokenizer) and not isinstance(tokenizer, ChatTokenizer):
+                kept, again = part, first  # a text can be written in a chat's vocabulary, but not the other way round
             raise UserError(
                 f"the datasets {first.name} and {part.name} have different tokenizers and cannot be mixed: prepare "
-                f"{part.name} again, with --tokenizer={first.folder}"
+                f"{again.name} again, with --tokenizer={kept.folder}"
             )
     return tokenizer
 

@@ -52,6 +52,7 @@ KINDS = {  # and the fields by which each is recognised
 }
 FORMATS = ("auto", *KINDS)
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+PAIRS = (("role", "content"), ("from", "value"))  # what a message's two sides are called
 DIRECTIONS = ("both", "en-zh", "zh-en")
 TO_CHINESE, TO_ENGLISH, TO_TITLE = "翻译成中文：", "翻译成英文：", "给下面的文章起一个标题：\n"
 TOGETHER = 1000  # conversations that are encoded at once
@@ -106,9 +107,9 @@ class Dialogues:
         if self.fields:
             return [asked(text(*self.fields[:-1]), text(self.fields[-1]))]
         if kind in ("messages", "conversations"):
-            role, content = ("role", "content") if kind == "messages" else ("from", "value")
             if not isinstance(record.get(kind), list) or not all(isinstance(said, dict) for said in record[kind]):
-                raise Malformed(f'"{kind}" is no list of objects with "{role}" and "{content}"')
+                raise Malformed(f'"{kind}" is no list of objects with "role" and "content"')
+            role, content = next((p for p in PAIRS if all(p[0] in said for said in record[kind])), PAIRS[0])
             said = [(str(each.get(role)), field_text(each, content).strip()) for each in record[kind]]
             return [[{"role": SPEAKERS.get(who, who), "content": what} for who, what in said]]
         if kind == "translation2019zh":
@@ -150,12 +151,18 @@ def checked(messages: list[Message]) -> list[Message]:
     return messages
 
 
+def check(c: Config) -> None:
+    """UserError for settings that make no sense."""
+    for key, known in (("format", FORMATS), ("direction", DIRECTIONS)):
+        if getattr(c, key) not in known:
+            raise UserError(f"--{key}={getattr(c, key)}: expected {', '.join(known)}")
+    of_input = ("val_input", "format", "fields", "direction", "min_star", "encoding", "errors")
+    if not c.input and (unused := [key for key in of_input if key in c.given]):
+        raise UserError(f"--{unused[0]} is about --input, and there is none")
+
+
 def open_dialogues(inputs: list[str], c: Config, flag: str = "input") -> Dialogues:
     """What the settings of data/instruct/prepare.py say about reading `inputs`. UserError where they are wrong."""
-    if c.format not in FORMATS:
-        raise UserError(f"--format={c.format}: expected {', '.join(FORMATS)}")
-    if c.direction not in DIRECTIONS:
-        raise UserError(f"--direction={c.direction}: expected {', '.join(DIRECTIONS)}")
     fields = tuple(name.strip() for name in c.fields.split(",") if name.strip())
     if len(fields) == 1:
         raise UserError(f"--fields={c.fields}: expected those of the prompt, and behind them the response's")

@@ -64,6 +64,7 @@ config = configure(globals(), positionals=("action",))
 
 import io
 import json
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import ops
-from adapt import grow_vocabulary
+from adapt import grow_vocabulary, is_adapted
 from charset import check_encoding
 from device import autocast, choose_device, choose_dtype, memory_error_told
 from extras.labelled import FIELDS, Example, classes, read, split, truth_of
@@ -276,6 +277,8 @@ def fit(c: Config) -> None:
     gpt, tokenizer = checkpoint.pretrained(c.init_from, c.dropout)
     if tokenizer is None:
         raise UserError(f"--init_from={c.init_from} holds no tokenizer, so it cannot read texts")
+    if is_adapted(gpt):
+        raise UserError(f"--init_from={c.init_from} has adapters: start from the model that they are on, or from LoRA")
     first_new, block_size = gpt.config.vocab_size, gpt.config.block_size
     if not 8 <= (length := c.max_length or block_size) <= block_size:
         raise UserError(f"--max_length={length}: expected 8 or more, and at most the model's block_size, {block_size}")
@@ -289,6 +292,8 @@ def fit(c: Config) -> None:
     optimizer.add_param_group({"params": [model.head.bias], "weight_decay": 0.0})
     print(f"{len(data):,} records to train on, {len(held_out):,} held out, {len(labels)} classes; {device}")
 
+    with user_errors(OSError, about=f"out_dir={out} cannot be made"):
+        out.mkdir(parents=True, exist_ok=True)
     best, step, steps = {"accuracy": -1.0, "loss": 0.0}, 0, c.epochs * -(-len(data) // c.batch_size)
     for epoch in range(1, c.epochs + 1):
         model.train()
@@ -311,13 +316,15 @@ def fit(c: Config) -> None:
             step += 1
         logits = logits_of(model, held_out, len(labels), c.batch_size, device)
         metrics = {"epoch": epoch, "loss": float(model.class_loss(logits, truth_held_out))}
+        if not math.isfinite(sums.sum()) or not math.isfinite(metrics["loss"]):
+            raise UserError(
+                f"the loss of epoch {epoch} is no finite number: training has diverged; lower learning_rate"
+            )
         metrics |= measured(truth_held_out, model.chosen(logits), labels, c.multi_label)
         losses = f"loss {sums[0]:.4f}" + (f" + {c.lm_weight:g} * {sums[1]:.4f}" if c.lm_weight else "")
         print(f"epoch {epoch} of {c.epochs}: {losses}, held out {metrics['loss']:.4f}, {said(metrics)}")
         if (metrics["accuracy"], -metrics["loss"]) > (best["accuracy"], -best["loss"]):
             best = metrics
-            with user_errors(OSError, about=f"{out} cannot be made"):
-                out.mkdir(parents=True, exist_ok=True)
             state = {"model": gpt.state_dict(), "model_args": gpt.config.model_args(), "tokenizer": tokenizer.meta()}
             state |= {"head": model.head.state_dict(), "labels": labels, "max_length": length}
             checkpoint.save(out / "classify.pt", state | {key: getattr(c, key) for key in KEPT})

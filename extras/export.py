@@ -7,7 +7,8 @@
 Notable choices:
 - Nothing of transformers is needed to write it: config.json, model.safetensors and tokenizer.json are formats.
 - A char tokenizer becomes a BPE without merges, its bytes the <0x00> to <0xFF> of Llama's; it keeps its ids.
-- A layout of conversations becomes a chat template, so that apply_chat_template gives the ids that were trained on.
+- A layout of conversations becomes a chat template, so that apply_chat_template gives the ids that were trained on;
+  but not of a message that spells out a mark, which transformers takes for the token.
 """
 
 import sys

@@ -118,7 +118,8 @@ def classes(c: Config, examples: list[Example]) -> list[str]:
     else:
         found = {label for each in examples for label in each.labels}
     if len(found) < 2:
-        raise UserError(f"all labels are {', '.join(found) or 'empty'}: expected two classes or more")
+        what = ", ".join(found) or "empty"
+        raise UserError(f"all labels of what is trained on are {what}: expected two classes or more; or give --val")
     return sorted(found, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label))
 
 

@@ -436,7 +436,17 @@ def test_merge_py_makes_a_checkpoint_that_needs_no_base(in_runs, stories, monkey
         merge_script.main(Config(out_dir="base", dest=""))
     with pytest.raises(UserError, match="no earlier merge"):
         merge_script.main(Config(out_dir="lora", dest="adapters"))
+    Path("junk").mkdir()
+    Path("junk/ckpt.pt").write_text("junk")
+    with pytest.raises(UserError, match="junk.ckpt.pt is damaged"):
+        merge_script.main(Config(out_dir="lora", dest="junk"))
     shutil.rmtree("base")
+    shutil.copytree("junk", "base")
+    with pytest.raises(UserError, match="needs the model that it was trained on.*base.ckpt.pt is damaged"):
+        checkpoint.model_of(state, path)
+    Path("base/ckpt.pt").unlink()
+    with pytest.raises(UserError, match="base has no model in it"):
+        checkpoint.model_of(state, path)
     theirs = torch.load("lora/merged/ckpt.pt", weights_only=True)
     keys = ["model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "tokenizer", "template"]
     assert list(theirs)[:8] == keys and theirs["iter_num"] == state["iter_num"] == 10

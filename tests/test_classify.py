@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, run_script
 
+import adapt
 import checkpoint
 from configurator import Config, UserError
 from extras import classify, labelled
@@ -455,7 +456,7 @@ MISTAKES = {
     "an empty text": ({}, GOOD + "\t1\n", "line 11: a text in 1 is empty"),
     "an empty label": ({}, GOOD + "天\t\n", "line 11: no label"),
     "a column too many": ({}, GOOD + "天\t1\t2\n", "line 11: 3 columns instead of 2"),
-    "one class": ({}, "天气\t0\n真好\t0\n", "all labels are 0: expected two classes or more"),
+    "one class": ({}, "天气\t0\n真好\t0\n", "trained on are 0: expected two classes or more"),
     "bytes": ({}, b"\x81\xff\x80\xfe\n" * 50, "its encoding is neither UTF-8 nor"),
     "bytes of another encoding": ({"encoding": "utf-8"}, GOOD.encode("gb18030"), "cannot be decoded"),
     "no encoding": ({"encoding": "klingon"}, GOOD, "klingon"),
@@ -527,3 +528,20 @@ def test_of_a_few_records_each_side_has_one():
     assert [len(side) for side in (labelled.split(made, 1e-9)[1], labelled.split(made, 0.999999)[0])] == [1, 1]
     with pytest.raises(UserError, match="one side empty"):
         labelled.split(made[:1], 0.5)
+
+
+def test_what_diverges_and_what_cannot_be_opened_again_is_not_saved(tmp_path):
+    data = moods(tmp_path / "moods.jsonl")
+    with pytest.raises(UserError, match="is no finite number: training has diverged"):
+        trained(tmp_path, data, learning_rate=1e38, grad_clip=0.0)
+    assert not (tmp_path / "out" / "classify.pt").exists()
+    model = GPT(GPTConfig(**TINY, vocab_size=TOKENIZER.vocab_size))
+    base = {"model": model.state_dict(), "model_args": model.config.model_args(), "tokenizer": TOKENIZER.meta()}
+    checkpoint.save(tmp_path / "base.pt", base)
+    adapted = {"adapter": {"adapter_dim": 4}, "model_args": model.config.model_args(), "tokenizer": TOKENIZER.meta()}
+    adapted["base"] = {"source": str(tmp_path / "base.pt"), "path": "", "sha256": adapt.weights_hash(model)}
+    adapt.attach(model, adapt.Adaptation(adapter_dim=4), 1)
+    adapt.train_only(model, adapt.Adaptation(adapter_dim=4))
+    checkpoint.save(tmp_path / "adapted.pt", adapted | {"model": adapt.saved_weights(model)})
+    with pytest.raises(UserError, match="has adapters: start from the model that they are on"):
+        trained(tmp_path, data, init_from=str(tmp_path / "adapted.pt"))

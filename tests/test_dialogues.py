@@ -57,6 +57,10 @@ FORMS = {
         [["system: 你是老师", "user: 问", "assistant: 答"]],
     ),
     "messages": ({"messages": MESSAGES}, [["system: 短", "user: 甲", "assistant: 乙"]]),
+    "conversations of roles": (
+        {"conversations": [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙"}]},
+        [qa("甲", "乙")],
+    ),
     "conversations": (
         {"conversations": [{"from": "human", "value": "甲"}, {"from": "gpt", "value": "乙"}]},
         [qa("甲", "乙")],
@@ -223,6 +227,8 @@ MISTAKES = {
     "plain text": (["--input=t.txt"], "plain text"),
     "no such format": (["--input=a.jsonl", "--format=alpaca"], "--format=alpaca"),
     "no such direction": (["--input=a.jsonl", "--direction=de-zh"], "--direction=de-zh"),
+    "no such format of nothing": (["--format=alpaca"], "--format=alpaca"),
+    "a format of nothing": (["--format=baike2018qa"], "--format is about --input"),
     "one field": (["--input=a.jsonl", "--fields=prompt"], "--fields=prompt"),
     "a layout without an end": (["--input=a.jsonl", "--assistant=A{content}"], "<|endoftext|>"),
     "too much is malformed": (["--input=b.jsonl"], "--max_bad"),
@@ -301,9 +307,44 @@ def test_it_is_asked_from_the_command_line(instructed):
     for question, answer in zip(asked, ("天水", "人土山"), strict=True):
         done = run_script("sample.py", f"--ask={question}", "--num_samples=2", "--temperature=0", cwd=folder)
         assert done.stdout == f"{answer}\n---------------\n" * 2, (done.stdout, done.stderr)
-    typed = f"{asked[0]}\n/new\n{asked[1]}\n"
+    for keys, words in (
+        (["--ask=a", "--start=b"], "start does not go together with ask"),
+        (["--ask=a", "--interactive"], "ask does not go together with interactive"),
+        (["--interactive", "--title=b"], "title does not go together with interactive"),
+        (["--system=b"], "system comes before a question"),
+    ):
+        done = run_script("sample.py", *keys, cwd=folder, input="")
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+    typed = f"{asked[0]}\n \n/new\n{asked[1]}\n"
     done = run_script("sample.py", "--interactive", "--temperature=0", cwd=folder, input=typed)
-    assert done.returncode == 0 and done.stdout == "> 天水\n> > 人土山\n> \n", (done.stdout, done.stderr)
+    assert done.returncode == 0 and done.stdout == "> 天水\n> > > 人土山\n> \n", (done.stdout, done.stderr)
+
+
+def test_an_answer_ends_where_another_speaks(instructed, tmp_path):
+    """A model that never ends its turn: its marks are likelier than all else."""
+    path, state = checkpoint.best(str(instructed[0] / "out"))
+    size, marks = state["model_args"]["vocab_size"], state["tokenizer"]["special"].values()
+    state["model"]["lm_head.weight"] = torch.zeros(size, state["model_args"]["n_embd"])
+    state["model"]["lm_head.weight"][max(marks)] = 9.0 * state["model"]["transformer.wte.weight"][max(marks)].sign()
+    checkpoint.save(tmp_path / "ckpt.pt", state)
+    done = run_script(
+        "sample.py", "--out_dir=.", "--ask=照着说：天", "--num_samples=9", "--temperature=5", cwd=tmp_path
+    )
+    assert done.returncode == 0 and "<|" not in done.stdout, (done.stdout, done.stderr)
+
+
+def test_a_text_joins_a_mixture_in_the_vocabulary_of_the_conversations(instructed, tmp_path):
+    (tmp_path / "t.txt").write_text(SYLLABLES * 40, encoding="utf-8")
+    chat = instructed[0] / "d"
+    for dest, tokenizer in (("own", "char"), ("theirs", chat)):
+        keys = ["--input=t.txt", f"--dest={dest}", f"--tokenizer={tokenizer}"]
+        assert run_script("data/chinese/prepare.py", *keys, cwd=tmp_path).returncode == 0
+    for dataset in (f"own:1,{chat}:1", f"{chat}:1,own:1"):
+        done = run_script("train.py", *TINY_ARGS, f"--dataset={dataset}", cwd=tmp_path)
+        assert done.returncode == 2 and f"prepare own again, with --tokenizer={chat}" in done.stderr, done.stderr
+    keys = [f"--dataset=theirs:1,{chat}:1", "--max_iters=3", "--gradient_accumulation_steps=2"]
+    done = run_script("train.py", *TINY_ARGS, *keys, cwd=tmp_path)
+    assert done.returncode == 0 and "5,800 examples in" in done.stdout, done.stderr
 
 
 def test_asking_a_model_that_has_no_chat_is_told(tmp_path):

@@ -60,6 +60,7 @@ def requests(story: str) -> list[list[dict[str, str]]]:
 
 def main(config: Config) -> None:
     here = Path(__file__).resolve().parent
+    dialogues.check(config)
     if config.input:
         source = dialogues.open_dialogues(config.input, config)
     else:
