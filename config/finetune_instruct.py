@@ -11,7 +11,7 @@ eval_interval = 100
 eval_iters = 40
 log_interval = 20
 
-# 16 rows x 128 tokens, each of as many whole examples as fit; an epoch of the embedded ones is 183 iterations
+# 16 rows x 128 tokens, each of as many whole examples as fit; an epoch of the embedded ones is 203 iterations
 gradient_accumulation_steps = 1
 batch_size = 16
 block_size = 128  # at most the model's own context; longer examples are cut

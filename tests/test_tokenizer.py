@@ -705,7 +705,7 @@ GOOD = {"kind": "char", "vocab_size": 2, "dtype": "uint16", "chars": "ab", "byte
         ({"kind": "bpe", "json": '{"model": {"vocab": {"a": 0}}}'}, "vocab_size"),
         ({"kind": "bpe", "json": '{"model": {"vocab": {"a": 0}}}', "vocab_size": 1, "end_of_text": 1}, "end_of_text"),
         ({"kind": "bpe", "json": '{"model": {"vocab": {"a": 0}}}', "vocab_size": 1, "end_of_text": "a"}, "end_of_text"),
-        ({"kind": "wordpiece"}, "char, gpt2 and bpe"),
+        ({"kind": "wordpiece"}, "char, gpt2, bpe and chat"),
         ({"kind": ["char"]}, "unknown kind"),
         ({"kind": None}, "unknown kind"),
         ({"vocab_size": 3}, "vocab_size is 3,"),

@@ -40,22 +40,33 @@ min_count = 1  # with 'char': rarer characters take the byte tokens instead of o
 dest = ""  # the folder for the dataset; default: this folder
 config = configure(globals())
 
+import itertools
 import re
 
 import dialogues
 
 SENTENCE = re.compile(r".+?[。！？]”?|.+?$")
+SHORT = 115  # characters of several turns together: they fit into the demo's context of 128
 
 
 def requests(story: str) -> list[list[dict[str, str]]]:
-    """Requests and answers out of a story: begin one of this title, find a title, go on from a sentence."""
+    """Conversations of one to three turns out of a story: begin one of this title, find a title, go on from a
+    sentence."""
     title, *lines = story.split("\n")
     made = [(f"写一个故事的开头，题目是{title}。", lines[0]), (f"给这个故事起个题目：{lines[0]}", title)]
     for line in lines:
         sentences = SENTENCE.findall(line)
         pairs = zip(sentences[::2], sentences[1::2], strict=False)
         made += [(f"接着写：{before}", after) for before, after in pairs]
-    return [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in made]
+    conversations: list[list[dict[str, str]]] = []
+    while made:
+        turns = made[: 1 + len(conversations) % 3]
+        while len(turns) > 1 and sum(map(len, itertools.chain(*turns))) > SHORT:
+            turns.pop()
+        del made[: len(turns)]
+        said = [({"role": "user", "content": a}, {"role": "assistant", "content": b}) for a, b in turns]
+        conversations.append(list(itertools.chain(*said)))
+    return conversations
 
 
 def main(config: Config) -> None:
