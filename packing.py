@@ -3,7 +3,8 @@
 A split of examples has, beside the ids in train.bin, a byte for each of them in train.mask: 1 where the token is to be
 learnt, 2 where an example begins, 3 for both. The examples of a row do not see each other (model.Packed), and so what
 an example teaches does not depend on its company. Which ones share a row is decided once: best fit, the longest first
-(Johnson 1973), which leaves next to nothing empty; each epoch takes every row once, in an order of its own.
+(Johnson 1973), which leaves next to nothing empty where some are short; each epoch takes every row once, in an order of
+its own.
 """
 
 from dataclasses import dataclass, field

@@ -136,6 +136,7 @@ class Page:
         }
 
     def slider(self, word: str, low: float, high: float, value: float, step: float, **how: Any) -> gr.Slider:
+        """A slider labelled with a word, from low to high."""
         how = {"elem_id": word, "buttons": [], "worded": {"label": word}} | how
         high = max(high, low + step)  # Gradio takes none that cannot be moved; more than may be is cut down to that
         return self.add(gr.Slider, low, high, value, step=step, **how)

@@ -56,6 +56,7 @@ class Talk:
         stop.click(page.halt, **soon)
 
     def look(self, messages: list[Message], lang: str) -> str:
+        """HTML of the conversation in a language."""
         return talked(messages, words(lang))
 
     async def begin(self, request: gr.Request, messages: list[Message], lang: str) -> list[str]:
