@@ -408,6 +408,7 @@ def test_a_browser_that_is_behind_gets_what_it_asks_for(served):
         page.adjust(seed=8)
         page.press("#write")
         until(lambda: page.status().startswith("写完了") and page.status().endswith("种子 8"))
+        time.sleep(3)  # what this browser still has on its way is not what is tested here
         page.fill("#story-1 textarea", "改过的")
         time.sleep(LINGER + 3)
         assert page.story() == "改过的"  # also once that is closed
