@@ -288,10 +288,14 @@ class GPT(nn.Module):
         | wte, where it is not tied        | normal, 0.02                      | normal, 0.5    |
         | LayerNorm gains                  | 1                                 | 1              |
         | biases, smear                    | 0                                 | 0              |
+
+        Parameters on the meta device, which has shapes and no values, stay as they are.
         """
         zero = ("smear_1.weight", "smear_2.weight", "bias")
         zero += ("c_proj.weight", "lm_head.weight") if self.config.zero_init else ()
         for name, p in self.named_parameters():  # a tied lm_head goes by its other name, wte
+            if p.is_meta:
+                continue
             if p.dim() < 2 or name.endswith(zero):
                 p.fill_(0.0 if name.endswith(zero) else 1.0)
                 continue
@@ -300,6 +304,19 @@ class GPT(nn.Module):
                 std = 0.5  # all that the residual stream holds at first
             generator = torch.Generator("cpu").manual_seed(derive_seed(seed, name))
             p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, std, generator=generator))
+
+    def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """What lm_head reads, [batch, time, n_embd], for ids `idx` [batch, time], with `positions` as in forward().
+        ValueError where time exceeds block_size."""
+        t = idx.size(1)
+        if t > self.config.block_size:
+            raise ValueError(f"{t} tokens do not fit into a context of block_size = {self.config.block_size}")
+        where, packed = (slice(t), None) if positions is None else (positions, Packed(positions))
+        x, rotation = embedded(self.transformer.wte(idx), self.transformer.wpe, self.rotation, where)
+        x = dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            x = block(x, rotation, packed)
+        return self.transformer.ln_f(x)
 
     def forward(
         self,
@@ -316,15 +333,7 @@ class GPT(nn.Module):
         examples that do not see each other: how many tokens of its own example stand before each. ValueError where
         time exceeds block_size.
         """
-        b, t = idx.shape
-        if t > self.config.block_size:
-            raise ValueError(f"{t} tokens do not fit into a context of block_size = {self.config.block_size}")
-        where, packed = (slice(t), None) if positions is None else (positions, Packed(positions))
-        x, rotation = embedded(self.transformer.wte(idx), self.transformer.wpe, self.rotation, where)
-        x = dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            x = block(x, rotation, packed)
-        x = self.transformer.ln_f(x)
+        x = self.hidden(idx, positions)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         if loss_only:

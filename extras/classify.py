@@ -81,7 +81,7 @@ from charset import check_encoding
 from device import autocast, choose_device, choose_dtype, memory_error_told
 from extras.labelled import FIELDS, Example, classes, read, split, truth_of
 from extras.plot import FONTS, write
-from model import GPT, derive_seed, embedded
+from model import GPT, derive_seed
 from tokenizer import Tokenizer
 
 
@@ -135,18 +135,9 @@ class Classifier(nn.Module):
         nn.init.normal_(self.head.weight, 0.0, 0.02, torch.Generator().manual_seed(derive_seed(seed, "head")))
         nn.init.zeros_(self.head.bias)
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """[rows, time] -> [rows, time, n_embd], from which the GPT's own head reads the next token."""
-        body = self.gpt.transformer
-        x, rotation = embedded(body.wte(ids), body.wpe, self.gpt.rotation, slice(ids.size(1)))
-        x = ops.dropout(x, self.gpt.config.dropout, self.training)
-        for block in body.h:
-            x = block(x, rotation)
-        return body.ln_f(x)
-
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits [examples, classes], of choices -inf where others have more of them; and the hidden states."""
-        x = self.hidden(batch.ids)
+        x = self.gpt.hidden(batch.ids)  # [rows, time, n_embd], from which the GPT's own head reads the next token
         state = x[torch.arange(len(x), device=x.device), batch.ends]  # [rows, n_embd]
         if self.task == "similarity":
             state = state[::2] + state[1::2]
