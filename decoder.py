@@ -140,11 +140,13 @@ class Cache:
     tensors: list[torch.Tensor]
     place: "_Whole | _Same | _Each"
 
-    def remember(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def remember(
+        self, k: torch.Tensor, v: torch.Tensor, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Takes the keys and values [batch, n_head, new, head_dim] of new tokens; gives those of all that these may
-        look at, and a mask where they may not look at all of it."""
+        look at, the newest `window` where it is not 0, and a mask where they may not look at all of it."""
         keys, values, *_ = self.tensors
-        return self.place.write(keys, k), self.place.write(values, v), self.place.mask
+        return self.place.write(keys, k, window), self.place.write(values, v, window), self.place.mask(window)
 
     def before(self, x: torch.Tensor, half: int) -> Callable[[int], torch.Tensor] | None:
         """Takes what a half of the block reads at the new tokens, x [batch, new, n_embd]; gives a function of n that
@@ -157,14 +159,15 @@ class Cache:
 class _Whole:
     """Prompts from position 0 on. `rows` are theirs, `which` [rows] the prompt of each, None where there is but one."""
 
-    mask = None
-
     def __init__(self, rows: slice | torch.Tensor, which: torch.Tensor | None):
         self.rows, self.which = rows, which
 
-    def write(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def write(self, tensor: torch.Tensor, new: torch.Tensor, window: int = 0) -> torch.Tensor:
         tensor[self.rows, :, : new.size(2)] = new if self.which is None else new[self.which]
         return new
+
+    def mask(self, window: int) -> None:
+        return None  # attention to a whole row knows its window
 
     def before(self, read: torch.Tensor) -> None:
         return None
@@ -173,14 +176,16 @@ class _Whole:
 class _Same:
     """One token in each row, all at the same position."""
 
-    mask = None
-
     def __init__(self, position: int):
         self.position = position
 
-    def write(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def write(self, tensor: torch.Tensor, new: torch.Tensor, window: int = 0) -> torch.Tensor:
         tensor.narrow(2, self.position, 1).copy_(new)  # narrow() is sooner done than the same with brackets
-        return tensor.narrow(2, 0, self.position + 1)
+        first = max(0, self.position + 1 - window) if window else 0
+        return tensor.narrow(2, first, self.position + 1 - first)
+
+    def mask(self, window: int) -> None:
+        return None
 
     def before(self, read: torch.Tensor) -> Callable[[int], torch.Tensor]:
         nothing = torch.zeros((), dtype=read.dtype, device=read.device)
@@ -193,12 +198,15 @@ class _Each:
     def __init__(self, positions: torch.Tensor, seen: int):
         self.positions, self.seen = positions, seen
         self.rows = torch.arange(len(positions), device=positions.device)
-        looked_at = torch.arange(seen, device=positions.device) <= positions[:, None]
-        self.mask = looked_at[:, None, None]  # [batch, 1, 1, seen]
+        self.distance = (positions[:, None] - torch.arange(seen, device=positions.device))[:, None, None]
+        self.before_it = self.distance >= 0  # [batch, 1, 1, seen]
 
-    def write(self, tensor: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    def write(self, tensor: torch.Tensor, new: torch.Tensor, window: int = 0) -> torch.Tensor:
         tensor[self.rows, :, self.positions] = new[:, :, 0]
         return tensor[:, :, : self.seen]
+
+    def mask(self, window: int) -> torch.Tensor:
+        return self.before_it & (self.distance < window) if window else self.before_it
 
     def before(self, read: torch.Tensor) -> Callable[[int], torch.Tensor]:
         def before(n: int) -> torch.Tensor:

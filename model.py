@@ -96,6 +96,8 @@ class GPTConfig:
     qk_norm: bool = False  # queries and keys of length sqrt(head_dim) each (Henry et al. 2020, as an RMSNorm)
     tied: bool = True  # lm_head is wte
     zero_init: bool = False  # c_proj, and lm_head where it is not tied, begin at zero
+    attn_pattern: str = "dense"  # the layers' attention in turn, such as 'dense,banded': every second one is banded
+    attn_window: int = 256  # tokens that a token of a banded layer sees, itself among them (Child et al. 2019)
     smear: int = 0  # mix so many tokens before each into what a block and its MLP read, by learned weights: see Smear
 
     def __post_init__(self):
@@ -113,8 +115,17 @@ class GPTConfig:
             raise ValueError(
                 f"pos = 'rope' needs heads of even size, not n_embd / n_head = {self.n_embd // self.n_head}"
             )
+        if not set(self.attn_pattern.split(",")) <= {"dense", "banded"}:
+            raise ValueError(f"attn_pattern = {self.attn_pattern!r}: expected dense and banded between commas")
+        if self.attn_window < 1:
+            raise ValueError(f"attn_window = {self.attn_window}: it must be at least 1, a token itself")
         if not 0 <= self.smear < self.block_size:
             raise ValueError(f"smear = {self.smear}: it must be at least 0 and below block_size = {self.block_size}")
+
+    def window(self, layer: int) -> int:
+        """How many tokens a token of this layer sees, where it is banded; 0 for all before it."""
+        kinds = self.attn_pattern.split(",")
+        return self.attn_window if kinds[layer % len(kinds)] == "banded" else 0
 
     def model_args(self) -> dict:
         """nanoGPT's `model_args`, with the newer fields only where they differ from their default."""
@@ -185,9 +196,12 @@ class Packed:
         first = place - positions  # the place of its example's first token
         self.positions = positions
         self.mask = ((first[:, :, None] <= place) & (place <= place[:, None]))[:, None]  # [batch, 1, time, time]
+        self.distance = place[:, None] - place  # from a token back to another, [time, time]
 
-    def remember(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return k, v, self.mask
+    def remember(
+        self, k: torch.Tensor, v: torch.Tensor, window: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return k, v, self.mask & (self.distance < window) if window else self.mask
 
     def before(self, x: torch.Tensor, half: int) -> Callable[[int], torch.Tensor]:
         """Gives a function of n that gives what stood n places before x [batch, time, n_embd] in the same example, and
@@ -196,9 +210,10 @@ class Packed:
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, window: int = 0):
+        """`window`: how many tokens a token sees, itself among them; 0 for all before it."""
         super().__init__()
-        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
+        self.n_head, self.dropout, self.qk_norm, self.window = config.n_head, config.dropout, config.qk_norm, window
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value side by side
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -215,9 +230,9 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # each [batch, n_head, time, head_dim]
         mask = None
         if cache is not None:
-            k, v, mask = cache.remember(k, v)  # now all that the new tokens may look at
+            k, v, mask = cache.remember(k, v, self.window)  # now all that the new tokens may look at
         p, is_causal = self.dropout if self.training else 0.0, k.size(2) == t and mask is None
-        y = attention(q, k, v, mask, p, is_causal)
+        y = attention(q, k, v, mask, p, is_causal, self.window)
         y = self.c_proj(y.transpose(1, 2).reshape(b, t, c))
         return dropout(y, self.dropout, self.training)
 
@@ -235,11 +250,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.smear_1 = Smear(config) if config.smear else None
         self.ln_1 = norm(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, config.window(layer))
         self.ln_2 = norm(config)
         self.smear_2 = Smear(config) if config.smear else None
         self.mlp = MLP(config)
@@ -266,7 +281,7 @@ class GPT(nn.Module):
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd) if config.pos == "learned" else nn.Identity(),
-                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                h=nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
                 ln_f=norm(config),
             )
         )
@@ -374,9 +389,11 @@ class GPT(nn.Module):
         return n - positions if non_embedding else n
 
     def estimate_flops(self) -> int:
-        """FLOPs of training on one token of a full context: 6N + 12 n_layer n_embd block_size (PaLM, appendix B)."""
+        """FLOPs of training on one token of a full context: 6N + 12 n_layer n_embd block_size (PaLM, appendix B); of a
+        banded layer its window, in place of block_size."""
         c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        seen = sum(min(c.window(layer) or c.block_size, c.block_size) for layer in range(c.n_layer))
+        return 6 * self.get_num_params() + 12 * c.n_embd * seen
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float | None:
         """Model FLOPs utilisation, a fraction of the device's bf16 peak, for this many sequences of block_size in dt
@@ -451,6 +468,7 @@ class GPT(nn.Module):
         c = self.config
         sizes = {"vocab_size": c.vocab_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
         known = sizes.keys() | {"block_size", "bias", "dropout"} | ({"act"} if c.act in HF_ACTIVATIONS else set())
+        known |= set() if "banded" in c.attn_pattern else {"attn_pattern", "attn_window"}
         if newer := c.model_args().keys() - known:
             raise ValueError(f"GPT-2's layout has no place for this model's {', '.join(sorted(newer))}")
         config = {

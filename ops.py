@@ -54,13 +54,19 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, p: float, is_causal: bool
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, p: float, is_causal: bool,
+    window: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """F.scaled_dot_product_attention with dropout p, of [batch, n_head, time, head_dim] each, result alike. A `mask`
-    [batch, 1, time, time] of as many queries as keys, True where one may look, is to be causal, too."""
+    [batch, 1, time, time] of as many queries as keys, True where one may look, is to be causal, too. With a `window`
+    and without a mask, causal attention is banded: a query sees its own key and the window - 1 before it; a mask says
+    so itself."""
+    window = window if window < k.size(2) else 0
     whole = is_causal if mask is None else mask.size(2) == k.size(2) > 1
     if whole and on_cpu(q) and q.dtype == torch.float32 and (p or rounds_products()):
-        return _Attention.apply(q, k, v, p, mask)
+        return _Attention.apply(q, k, v, p, mask, window)
+    if window and is_causal:
+        return _banded(q, k, v, p, window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal)
 
 
@@ -78,6 +84,25 @@ def cross_entropy(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) 
         if options := getattr(torch.nn, "LinearCrossEntropyOptions", None):  # PyTorch 2.13 and newer
             return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=options())
     return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
+
+
+def _banded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float, window: int) -> torch.Tensor:
+    """Causal attention of each query to the `window` newest keys, all [batch, n_head, time, head_dim], time > window.
+
+    In blocks of `window` queries, which see the keys of their own block and of the one before: products of time * 2
+    window numbers, where a mask over all would cost time * time.
+    """
+    t = q.size(2)
+    head = F.scaled_dot_product_attention(*(x[:, :, :window] for x in (q, k, v)), dropout_p=p, is_causal=True)
+    # [batch, n_head, blocks, window, head_dim]; what it is filled up with is later than every query that counts
+    q, k, v = (F.pad(x, (0, 0, 0, -t % window)).unflatten(2, (-1, window)) for x in (q, k, v))
+    k, v = (torch.cat((x[:, :, :-1], x[:, :, 1:]), 3) for x in (k, v))
+    place, seen = torch.arange(window, device=q.device)[:, None] + window, torch.arange(2 * window, device=q.device)
+    mask = (seen <= place) & (seen > place - window)  # [window, 2 window]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q[:, :, 1:], k, v))  # [batch * blocks, n_head, ...]
+    rest = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    rest = rest.unflatten(0, (head.size(0), -1)).transpose(1, 2).flatten(2, 3)
+    return torch.cat((head, rest[:, :, : t - window]), 2)
 
 
 def _kept(shape: torch.Size, p: float) -> tuple[torch.Tensor, float]:
@@ -155,14 +180,15 @@ class _Attention(torch.autograd.Function):
     """Causal attention with dropout, in pieces of some heads of some sequences and of some queries each."""
 
     @staticmethod
-    def forward(ctx, q, k, v, p, mask):
+    def forward(ctx, q, k, v, p, mask, window):
         shape, (t, d) = q.shape, q.shape[-2:]
         q, k, v = ((q * d**-0.5).reshape(-1, t, d), *(x.reshape(-1, t, d) for x in (k, v)))
         y, masks, scale = torch.empty_like(q), [], 1.0
         few = not p and len(q) * t * t <= FEW
         known = []  # probabilities of each piece, where they are few
-        for heads, rows, seen in _pieces(len(q), t):
-            probabilities = _probabilities(q[heads, rows], k[heads, seen], _allowed(mask, shape[1], heads, rows, seen))
+        for heads, rows, seen in _pieces(len(q), t, window):
+            allowed = _allowed(mask, shape[1], heads, rows, seen)
+            probabilities = _probabilities(q[heads, rows], k[heads, seen], allowed, window)
             if p:
                 kept, scale = _kept(probabilities.shape, p)
                 probabilities.mul_(kept)
@@ -172,7 +198,7 @@ class _Attention(torch.autograd.Function):
         if scale != 1:
             y *= scale
         ctx.save_for_backward(q, k, v, mask, *masks, *known)
-        ctx.scale, ctx.dropped, ctx.few = scale, p > 0, few
+        ctx.scale, ctx.dropped, ctx.few, ctx.window = scale, p > 0, few, window
         return y.view(shape)
 
     @staticmethod
@@ -181,42 +207,44 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask, *pieces = ctx.saved_tensors
         shape, dy = dy.shape, dy.reshape(q.shape)
         dy = dy * ctx.scale if ctx.dropped else dy
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        for n, (heads, rows, seen) in enumerate(_pieces(*q.shape[:2])):
+        # of a band, no piece sees all keys
+        dq, dk, dv = (torch.zeros_like(x) if ctx.window else torch.empty_like(x) for x in (q, k, v))
+        for n, (heads, rows, seen) in enumerate(_pieces(*q.shape[:2], ctx.window)):
             if ctx.few:
                 probabilities = kept = pieces[n]
             else:
                 allowed = _allowed(mask, shape[1], heads, rows, seen)
-                probabilities = kept = _probabilities(q[heads, rows], k[heads, seen], allowed)
+                probabilities = kept = _probabilities(q[heads, rows], k[heads, seen], allowed, ctx.window)
             ds = dy[heads, rows] @ v[heads, seen].mT
             if ctx.dropped:
                 kept, ds = probabilities * pieces[n], ds.mul_(pieces[n])
             ds = torch._softmax_backward_data(ds, probabilities, -1, ds.dtype)
             dq[heads, rows] = ds @ k[heads, seen]
             for grad, part in ((dv, kept.mT @ dy[heads, rows]), (dk, ds.mT @ q[heads, rows])):
-                if rows.stop == q.size(1):  # the first piece of these heads, which is the one that sees all keys
+                # the first piece of these heads is the one that sees all keys
+                if rows.stop == q.size(1) and not ctx.window:
                     grad[heads] = part
                 else:
                     grad[heads, seen] += part
-        return (*(g.view(shape) for g in (dq.mul_(q.size(-1) ** -0.5), dk, dv)), None, None)
+        return (*(g.view(shape) for g in (dq.mul_(q.size(-1) ** -0.5), dk, dv)), None, None, None)
 
 
-def _pieces(n: int, t: int) -> Iterator[tuple[slice, slice, slice]]:
+def _pieces(n: int, t: int, window: int) -> Iterator[tuple[slice, slice, slice]]:
     """The heads, the queries and the keys of each piece, of n heads and sequences together and t positions; the last
     queries first."""
-    together = max(1, PIECE // (min(t, ROWS) * t))
+    together = max(1, PIECE // (min(t, ROWS) * (min(t, window + ROWS) if window else t)))
     for first in range(0, n, together):
         for row in reversed(range(0, t, ROWS)):
             rows = slice(row, min(row + ROWS, t))
-            yield slice(first, first + together), rows, slice(rows.stop)
+            yield slice(first, first + together), rows, slice(max(0, row + 1 - window) if window else 0, rows.stop)
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+def _probabilities(q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor | None, window: int) -> torch.Tensor:
     """Softmax of scaled queries [n, rows, head_dim] against keys [n, seen, head_dim]; the last ones are together.
-    `allowed` [n, rows, seen]: where a query may look, in place of all that is before it."""
+    `allowed` [n, rows, seen]: where a query may look, in place of all that is before it, or in its window."""
     if allowed is not None:
         return (q @ k.mT).masked_fill_(~allowed, -torch.inf).softmax(-1)
-    return (q @ k.mT).add_(_causal(q.size(1), k.size(1))).softmax(-1)
+    return (q @ k.mT).add_(_causal(q.size(1), k.size(1), window)).softmax(-1)
 
 
 def _allowed(mask: torch.Tensor | None, n_head: int, heads: slice, rows: slice, seen: slice) -> torch.Tensor | None:
@@ -228,6 +256,8 @@ def _allowed(mask: torch.Tensor | None, n_head: int, heads: slice, rows: slice, 
 
 
 @lru_cache(maxsize=64)
-def _causal(rows: int, seen: int) -> torch.Tensor:
+def _causal(rows: int, seen: int, window: int) -> torch.Tensor:
     """0 where a query may look, -inf where it may not: [rows, seen]."""
-    return torch.full((rows, seen), -torch.inf).triu_(1 + seen - rows)
+    forbidden = torch.full((rows, seen), -torch.inf)
+    later = forbidden.triu(1 + seen - rows)
+    return later + forbidden.tril(seen - rows - window) if window else later

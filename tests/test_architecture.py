@@ -24,6 +24,7 @@ NEW = {
     "tied": {"tied": False},
     "zero_init": {"zero_init": True},
     "smear": {"smear": 4},
+    "attn_pattern": {"attn_pattern": "banded,dense", "attn_window": 5},
 }
 ALL = {key: value for one in NEW.values() for key, value in one.items()}
 MANY = [{}, *NEW.values(), ALL, ALL | {"bias": False}, ALL | {"tied": True, "norm": "layernorm"}]
@@ -86,15 +87,17 @@ def np_turned(x, position):
     return rotation @ x
 
 
-def np_attention(x, fields, weights, name, n_head):
+def np_attention(x, fields, weights, name, n_head, layer):
     time, width = x.shape
+    kinds = fields.get("attn_pattern", "dense").split(",")
+    window = fields["attn_window"] if kinds[layer % len(kinds)] == "banded" else time
     d = width // n_head
     q, k, v = np_linear(x, weights, f"{name}.c_attn").reshape(time, 3, n_head, d).transpose(1, 2, 0, 3)
     y = np.zeros((time, n_head, d))
     for head in range(n_head):
         for t in range(time):
-            scores = []
-            for u in range(t + 1):
+            scores, first = [], max(0, t - window + 1)
+            for u in range(first, t + 1):
                 a, b = q[head, t], k[head, u]
                 if fields.get("qk_norm"):
                     a, b = (z / np.sqrt((z**2).mean() + 1e-5) for z in (a, b))
@@ -102,7 +105,7 @@ def np_attention(x, fields, weights, name, n_head):
                     a, b = np_turned(a, t), np_turned(b, u)
                 scores.append(a @ b / math.sqrt(d))
             p = np.exp(np.array(scores) - max(scores))
-            y[t, head] = (p / p.sum()) @ v[head, : t + 1]
+            y[t, head] = (p / p.sum()) @ v[head, first : t + 1]
     return np_linear(y.reshape(time, width), weights, f"{name}.c_proj")
 
 
@@ -115,7 +118,8 @@ def np_logits(model: GPT, ids, fields) -> np.ndarray:
     for layer in range(SHAPE["n_layer"]):
         h = f"h.{layer}"
         x = np_smear(x, weights, f"{h}.smear_1")
-        x = x + np_attention(np_norm(x, fields, weights, f"{h}.ln_1"), fields, weights, f"{h}.attn", SHAPE["n_head"])
+        y = np_norm(x, fields, weights, f"{h}.ln_1")
+        x = x + np_attention(y, fields, weights, f"{h}.attn", SHAPE["n_head"], layer)
         y = np_smear(np_norm(x, fields, weights, f"{h}.ln_2"), weights, f"{h}.smear_2")
         x = x + np_linear(np_act(np_linear(y, weights, f"{h}.mlp.c_fc"), fields), weights, f"{h}.mlp.c_proj")
     return np_norm(x, fields, weights, "ln_f") @ weights["lm_head.weight" if "tied" in fields else "wte.weight"].T
@@ -146,7 +150,7 @@ def test_relu2_is_the_square_of_relu():
 class Listening:
     """A cache as a layer sees the decoder's, which keeps what it is given."""
 
-    def remember(self, k, v):
+    def remember(self, k, v, window):
         self.keys, self.values = k.detach(), v.detach()  # [batch, n_head, time, head_dim]
         return k, v, None
 
@@ -271,10 +275,85 @@ def test_smear_begins_as_nothing_and_then_is_a_loop():
     y = torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(1))
     weights = {name: p.detach().double().numpy() for name, p in block.named_parameters()}
     s = np_smear(y[0].double().numpy(), weights, "smear_1")
-    s = s + np_attention(np_norm(s, {}, weights, "ln_1"), {}, weights, "attn", 2)
+    s = s + np_attention(np_norm(s, {}, weights, "ln_1"), {}, weights, "attn", 2, 0)
     z = np_smear(np_norm(s, {}, weights, "ln_2"), weights, "smear_2")
     s = s + np_linear(np_act(np_linear(z, weights, "mlp.c_fc"), {}), weights, "mlp.c_proj")
     np.testing.assert_allclose(block(y)[0].detach().numpy(), s, atol=1e-4, rtol=1e-4)
+
+
+# ------- banded attention
+
+
+def explicit(q, k, v, window):
+    """Softmax over an explicit mask, as whole matrices: a query sees its own key and window - 1 before it."""
+    t = q.size(2)
+    back = torch.arange(t)[:, None] - torch.arange(t)
+    scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill((back < 0) | (back >= window), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("time, window", [(1, 1), (9, 1), (9, 3), (12, 4), (13, 4), (9, 8), (9, 9), (9, 20), (300, 70)])
+def test_banded_attention_and_its_gradients_are_those_of_an_explicit_mask(time, window, rounding, monkeypatch):
+    """In blocks, as PyTorch's own, and in pieces, where products on a CPU are rounded (here, but not really)."""
+    monkeypatch.setattr(ops, "rounds_products", lambda: rounding)
+    generator = torch.Generator().manual_seed(time)
+    q, k, v, weights = (torch.randn(2, 3, time, 8, generator=generator).requires_grad_() for _ in range(4))
+    y, expected = ops.attention(q, k, v, None, 0.0, True, window), explicit(q, k, v, window)
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)
+    ours = torch.autograd.grad((y * weights).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5])
+@pytest.mark.parametrize("time, window", [(7, 3), (300, 70), (129, 128)])
+def test_banded_attention_drops_only_what_is_in_the_band(time, window, p):
+    """Where all keys are alike, the probabilities are 1 / min(row + 1, window), each dropped or scaled."""
+    alike, units = torch.zeros(2, 3, time, time), torch.eye(time).expand(2, 3, -1, -1)
+    torch.manual_seed(3)
+    y = ops.attention(alike, alike, units, None, p, True, window)
+    back = torch.arange(time)[:, None] - torch.arange(time)
+    assert not y[..., (back < 0) | (back >= window)].any()
+    inside = (y * torch.arange(1, time + 1).clamp(max=window)[:, None])[..., (back >= 0) & (back < window)]
+    kept = 1 - round(p * 256) / 256
+    assert ((inside == 0) | torch.isclose(inside, torch.tensor(1 / kept))).all()
+    assert (inside != 0).float().mean() == pytest.approx(kept, abs=5 * math.sqrt(p * (1 - p) / inside.numel()))
+
+
+def test_a_banded_model_is_the_dense_one_with_an_explicit_mask(monkeypatch):
+    """The same weights, in a model whose every attention is computed from whole matrices."""
+    fields = {"attn_pattern": "dense,banded,banded", "attn_window": 3, "n_layer": 5}
+    banded, dense = a_model(fields), a_model({"n_layer": 5})
+    x = ids_of(3, 16)
+    logits, windows = banded(x, x)[0], iter([16, 3, 3, 16, 3])
+    monkeypatch.setattr("model.attention", lambda q, k, v, mask, p, is_causal, window: explicit(q, k, v, next(windows)))
+    torch.testing.assert_close(logits, dense(x, x)[0], atol=1e-5, rtol=1e-5)
+    monkeypatch.undo()
+    assert not torch.allclose(logits, dense(x, x)[0], atol=1e-2)
+
+
+def test_examples_in_a_row_are_banded_each_for_itself():
+    """Packed as they are alone."""
+    model = a_model({"attn_pattern": "banded,dense", "attn_window": 3, "pos": "rope"})
+    one, other = ids_of(1, 7), ids_of(1, 9, seed=2)
+    positions = torch.cat((torch.arange(7), torch.arange(9)))[None]
+    row = torch.cat((one, other), 1)
+    together = model(row, row, positions=positions)[0]
+    alone = torch.cat((model(one, one)[0], model(other, other)[0]), 1)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_the_work_of_a_banded_layer_is_counted_by_its_window():
+    shape = dict(n_layer=4, n_head=2, n_embd=8, vocab_size=11, block_size=100)
+    with torch.device("meta"):
+        dense, banded, wide = (
+            GPT(GPTConfig(**shape, attn_pattern=pattern, attn_window=window))
+            for pattern, window in (("dense", 10), ("dense,banded", 10), ("dense,banded", 1000))
+        )
+    assert dense.estimate_flops() == wide.estimate_flops() == 6 * dense.get_num_params() + 12 * 8 * 400
+    assert banded.estimate_flops() == 6 * dense.get_num_params() + 12 * 8 * (100 + 10 + 100 + 10)
 
 
 # ------- what stays as it was
@@ -338,6 +417,9 @@ def test_model_args_name_what_is_new_and_make_the_same_model_again(fields):
         ({"pos": "rope", "n_head": 8}, r"'rope' needs heads of even size.* 3"),
         ({"smear": -1}, r"smear = -1.*at least 0"),
         ({"smear": 16}, r"smear = 16.*below block_size = 16"),
+        ({"attn_pattern": "dense,sparse"}, r"attn_pattern = 'dense,sparse'.*dense and banded"),
+        ({"attn_pattern": ""}, r"attn_pattern = ''.*dense and banded"),
+        ({"attn_pattern": "banded", "attn_window": 0}, r"attn_window = 0.*at least 1"),
     ],
 )
 def test_values_that_make_no_sense_are_a_sentence(change, words):
@@ -357,6 +439,7 @@ def test_values_that_make_no_sense_are_a_sentence(change, words):
         ({"norm": "rmsnorm"}, -5 * 2 * 24),
         ({"tied": False}, 41 * 24),
         ({"smear": 4}, 2 * 2 * 4 * 24),
+        (NEW["attn_pattern"], 0),
         (ALL, -16 * 24 - 5 * 2 * 24 + 41 * 24 + 2 * 2 * 4 * 24),
     ],
 )
@@ -368,7 +451,8 @@ def test_parameters_are_counted(fields, difference):
     assert model.get_num_params(non_embedding=False) == plain + difference
     positions = 0 if "pos" in fields else 16 * 24
     assert model.get_num_params() == plain + difference - positions
-    assert model.estimate_flops() == 6 * (plain + difference - positions) + 12 * 2 * 24 * 16
+    seen = 16 + 5 if "attn_pattern" in fields else 2 * 16
+    assert model.estimate_flops() == 6 * (plain + difference - positions) + 12 * 24 * seen
     hidden = model.hidden_matrices()
     assert [(tuple(p.shape), parts) for p, parts in hidden] == 2 * [
         ((72, 24), 3), ((24, 24), 1), ((96, 24), 1), ((24, 96), 1)
