@@ -11,10 +11,9 @@ own; the n-th sequence of the run is the m-th of its dataset, and that is drawn 
 weight and not by its size, as GPT-3's were (Brown et al. 2020, table 2.2): the small and good ones more than once.
 """
 
-import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -360,7 +359,7 @@ def training_batches(
     data: Mixture,
     block_size: int,
     batch_size: int,
-    micro_steps: int,
+    micro_steps: Callable[[int], int],
     vocab_size: int,
     seed: int,
     first: int,
@@ -371,17 +370,19 @@ def training_batches(
     """(global micro-step, share, x, y, positions) without end, from sequence number `first` on: this process's part of
     each step.
 
-    A step takes batch_size * micro_steps sequences over all processes; of its micro-steps, process r takes
-    r, r + world_size, ... The micro-step's mean loss, divided by `share` and added up over its process's, is the mean
-    over all tokens of the step that are to be learnt, once it is averaged over the processes. The next batch is read,
-    and copied to the GPU on a stream of its own, while the caller works on this one.
+    A step takes batch_size * micro_steps(n) sequences over all processes, where n come before it; of its micro-steps,
+    process r takes r, r + world_size, ..., or where that is none, one that counts nothing: its share is infinite. The
+    micro-step's mean loss, divided by `share` and added up over its process's, is the mean over all tokens of the step
+    that are to be learnt, once it is averaged over the processes. The next batch is read, and copied to the GPU on a
+    stream of its own, while the caller works on this one.
     """
     side = torch.cuda.Stream(device) if device.startswith("cuda") else None
 
-    def read(step: int, micro_step: int) -> tuple[float, list[torch.Tensor | None]]:
-        of_step = first + step * micro_steps * batch_size + np.arange(micro_steps * batch_size)
-        own, share = slice(micro_step * batch_size, (micro_step + 1) * batch_size), micro_steps / world_size
-        if data.packed:  # there are more tokens to learn in some than in others
+    def read(begin: int, steps: int, micro_step: int) -> tuple[float, list[torch.Tensor | None]]:
+        of_step = begin + np.arange(steps * batch_size)
+        own = slice(micro_step % steps * batch_size, (micro_step % steps + 1) * batch_size)
+        share = steps / world_size if micro_step < steps else math.inf
+        if data.packed and micro_step < steps:  # there are more tokens to learn in some than in others
             learnt = data.learnt(of_step, block_size, seed)
             share = float(learnt.sum() / learnt[own].sum() / world_size)
         batch = data.windows(of_step[own], block_size, vocab_size, seed)
@@ -390,18 +391,26 @@ def training_batches(
         with torch.cuda.stream(side):
             return share, [t if t is None else t.pin_memory().to(device, non_blocking=True) for t in batch]
 
-    places = ((step, m) for step in itertools.count() for m in range(rank, micro_steps, world_size))
+    def places() -> Iterator[tuple[int, int, int]]:
+        begin = first
+        while True:
+            steps = micro_steps(begin)
+            for micro_step in range(rank, max(steps, rank + 1), world_size):
+                yield begin, steps, micro_step
+            begin += steps * batch_size
+
+    upcoming = places()
     with ThreadPoolExecutor(1) as pool:
-        place = next(places)
+        place = next(upcoming)
         ahead = pool.submit(read, *place)
         while True:
-            micro_step, (share, batch) = place[1], ahead.result()
+            micro_step, (share, batch) = place[2], ahead.result()
             if side is not None:
                 here = torch.cuda.current_stream(device)
                 here.wait_stream(side)
                 for t in batch:
                     if t is not None:
                         t.record_stream(here)  # or the side stream might write the next batch over this one
-            place = next(places)
+            place = next(upcoming)
             ahead = pool.submit(read, *place)
             yield micro_step, share, *batch

@@ -15,6 +15,7 @@ from configurator import Config, UserError
 from model import GPT
 from processes import Processes
 from run_dir import Log
+from schedule import sequences_in
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Step:
     number: int
     lr: float
     figures: torch.Tensor  # [2], on the CPU once `arrived`
+    sequences: int  # that it took
     arrived: torch.cuda.Event | None
     ended: float  # when the step ended, in seconds; on a GPU, when it was handed over
 
@@ -64,7 +66,8 @@ class Reporter:
         self.c, self.processes, self.model, self.progress, self.scaled = c, processes, model, progress, scaled
         self.log: Log | None = None  # where the first process writes
         self.wandb: Any = None
-        self.per_step = c.batch_size * c.gradient_accumulation_steps
+        self.total = sequences_in(c.max_iters, c)  # sequences of the whole run
+        self.seen = progress.sequences_seen  # sequences of the iterations that are settled
         self.waiting: Step | None = None
         self.compile_seconds = 0.0
         self.start_clock()
@@ -83,7 +86,7 @@ class Reporter:
     def start_clock(self) -> None:
         """Before the first iteration. What was before counts as no time of the run."""
         self.since = self.measured = self.epoch_clock = time.perf_counter()
-        self.timed, self.running = 0, True
+        self.timed, self.sequences, self.running = 0, 0, True
 
     def stop_clock(self) -> None:
         """Before an interruption of training that does not count as its time, after settle()."""
@@ -94,16 +97,16 @@ class Reporter:
         """After such an interruption."""
         self.measure()
         self.running = True
-        self.since, self.timed = time.perf_counter(), 0
+        self.since, self.timed, self.sequences = time.perf_counter(), 0, 0
 
-    def step(self, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> None:
+    def step(self, lr: float, loss: torch.Tensor, norm: torch.Tensor, sequences: int) -> None:
         """Takes the figures of the iteration that has just been done, and settles the one before."""
         figures = torch.stack((loss, norm.to(loss.dtype))).detach()
         cuda = figures.is_cuda
         figures, arrived = figures.to("cpu", non_blocking=cuda), torch.cuda.Event() if cuda else None
         if arrived:
             arrived.record()
-        new = Step(self.progress.iter_num - 1, lr, figures, arrived, time.perf_counter())
+        new = Step(self.progress.iter_num - 1, lr, figures, sequences, arrived, time.perf_counter())
         before, self.waiting = self.waiting, new
         self._settle(before)
 
@@ -130,15 +133,17 @@ class Reporter:
         p.skipped_steps += not math.isfinite(norm)
         p.epoch_loss, p.epoch_iters = p.epoch_loss + loss, p.epoch_iters + 1
         self.timed += 1
+        self.sequences, self.seen = self.sequences + step.sequences, self.seen + step.sequences
         if step.number % self.c.log_interval == 0:
             self._report(step, loss, norm, (ended - self.since) / self.timed)
-            self.since, self.timed = ended, 0
+            self.since, self.timed, self.sequences = ended, 0, 0
 
     def _report(self, step: Step, loss: float, norm: float, dt: float) -> None:
         """The line of an iteration, as nanoGPT's and more; dt is seconds an iteration."""
-        mfu = self.model.estimate_mfu(self.per_step / self.processes.world_size, dt)
-        speed = self.per_step * self.c.block_size / dt
-        left = int((self.c.max_iters - step.number - 1) * dt)
+        per_step = self.sequences / self.timed
+        mfu = self.model.estimate_mfu(per_step / self.processes.world_size, dt)
+        speed = per_step * self.c.block_size / dt
+        left = int((self.total - self.seen) / per_step * dt)
         eta = f"{left // 3600}h{left % 3600 // 60:02}m" if left >= 3600 else f"{left // 60}m{left % 60:02}s"
         skipped = {"skipped_steps": self.progress.skipped_steps} if self.scaled else {}
         self.say(

@@ -20,9 +20,11 @@ from loader import Mixture, Part, check_vocabulary, fingerprint, open_mixture, p
 from model import GPT, GPTConfig, derive_seed
 from muon import OPTIMS, build_optimizers
 from packing import Examples, Rows
+from presets import apply_size
 from processes import Processes, join_processes
 from progress import Progress, Reporter, what_is_done
 from run_dir import RunDir, open_out_dir, take_lock
+from schedule import check_schedule, micro_steps_at, overrule, sequences_in, settle
 from tokenizer import Tokenizer, load_tokenizer, read_meta
 
 
@@ -53,8 +55,10 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     c.device = choose_device(c.device, processes.local_rank if processes.world_size > 1 else None)
     c.dtype = choose_dtype(c.dtype, c.device)
     c.matmul = choose_matmul(c.matmul, c.device)
+    apply_size(c)
     path, state, lock = to_resume(c, processes, held)
     inherit(c, state.get("config", {}))
+    overrule(c)
     check(c, processes.world_size)
 
     parts = parts_of(c.dataset)
@@ -68,12 +72,9 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     data = fingerprint(parts)
     if state.get("data", data) != data:
         note(f"warning: the dataset {c.dataset} is no longer the one that this run began with")
-    per_step = c.batch_size * c.gradient_accumulation_steps
     epoch_length = sum(train.blocks(c.block_size))
-    if c.epochs:
-        c.max_iters = max(1, c.epochs * epoch_length // per_step)
-        if "lr_decay_iters" not in c.given and not state:
-            c.lr_decay_iters = c.max_iters
+    settle(c, epoch_length, bool(state))
+    per_step = c.batch_size * c.gradient_accumulation_steps
 
     model.to(c.device)
     kind = torch.device(c.device).type
@@ -87,7 +88,7 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
         checkpoint.load_optimizers(optimizers, model, state, path)
         if state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
-        seen = state["iter_num"] * per_step  # nanoGPT's files do not count sequences
+        seen = sequences_in(state["iter_num"], c)  # nanoGPT's files do not count them
         progress = Progress(state["iter_num"], state.get("sequences_seen", seen), state["best_val_loss"])
         progress.evaluated_at = progress.iter_num  # as ckpt.pt was, which alone has no progress of its own
         for key, value in state.get("progress", {}).items():
@@ -100,6 +101,14 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
         f"tokens per iteration will be: {per_step * c.block_size:,}; "
         f"an epoch is {epoch_length / per_step:,.1f} iterations"
     )
+    if c.batch_ramp_tokens:
+        first = micro_steps_at(0, c) * c.batch_size * c.block_size
+        reporter.say(f"the batch grows to that from {first:,} tokens over the first {c.batch_ramp_tokens:,}")
+    if c.gradient_accumulation_steps % processes.world_size:
+        reporter.say(
+            f"its {c.gradient_accumulation_steps} micro-steps do not divide evenly by {processes.world_size} "
+            f"processes: some wait"
+        )
     reporter.say(
         f"number of parameters: {model.get_num_params() / 1e6:.2f}M; {processes.world_size} x {c.device}, {c.dtype}"
         f"{', products of bfloat16' if c.matmul == 'bfloat16' else ''}"
@@ -202,8 +211,6 @@ def inherit(c: Config, saved: dict[str, Any]) -> None:
     for key, value in saved.items():
         if key in vars(c) and key not in c.given and key not in of_this_machine:
             setattr(c, key, coerce(value, getattr(c, key), f"{key} in the checkpoint's config"))
-    if "max_iters" in c.given and "epochs" not in c.given[c.given.index("max_iters") :]:
-        c.epochs = 0
 
 
 def check(c: Config, world_size: int) -> None:
@@ -214,10 +221,9 @@ def check(c: Config, world_size: int) -> None:
                 "eval_iters", "log_interval", "peer_timeout"):  # fmt: skip
         if getattr(c, key) < 1:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
-    for key in ("max_iters", "epochs", "warmup_iters", "lr_decay_iters", "sample_interval", "sample_tokens",
-                "learning_rate", "min_lr", "weight_decay", "grad_clip", "patience", "save_interval", "eval_interval",
-                "keep_checkpoints", "checkpoint_interval", "target_val_loss", "muon_learning_rate",
-                "muon_momentum_warmup"):  # fmt: skip
+    for key in ("sample_interval", "sample_tokens", "learning_rate", "min_lr", "weight_decay", "grad_clip", "patience",
+                "save_interval", "eval_interval", "keep_checkpoints", "checkpoint_interval", "target_val_loss",
+                "muon_learning_rate", "muon_momentum_warmup"):  # fmt: skip
         if getattr(c, key) < 0:
             raise UserError(f"{key}={getattr(c, key)}: expected 0 or more")
     for key in ("beta1", "beta2", "muon_momentum"):
@@ -225,10 +231,7 @@ def check(c: Config, world_size: int) -> None:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 0 and below 1")
     if c.adam_eps <= 0:
         raise UserError(f"adam_eps={c.adam_eps}: expected more than 0")
-    if c.lr_schedule not in ("cosine", "linear", "wsd"):
-        raise UserError(f"lr_schedule={c.lr_schedule}: expected cosine, linear or wsd")
-    if not 0 < c.decay_frac <= 1:
-        raise UserError(f"decay_frac={c.decay_frac}: expected more than 0 and at most 1")
+    check_schedule(c)
     if c.optim not in OPTIMS:
         raise UserError(f"optim={c.optim}: expected {' or '.join(OPTIMS)}")
     if c.optim == "muon" and not c.learning_rate:
@@ -236,7 +239,7 @@ def check(c: Config, world_size: int) -> None:
     adaptation_of(c)
     if (unused := [key for key in c.given if key.startswith("lora_")]) and not c.lora_rank:
         raise UserError(f"{unused[0]} is set, but not lora_rank, so nothing would be LoRA: add --lora_rank=8")
-    if c.gradient_accumulation_steps % world_size:
+    if c.gradient_accumulation_steps % world_size and not c.batch_tokens:
         raise UserError(
             f"gradient_accumulation_steps={c.gradient_accumulation_steps} counts the micro-steps of all {world_size} "
             f"processes together, so it must be divisible by {world_size}, such as "

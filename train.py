@@ -38,10 +38,14 @@ wandb_run_name = "gpt2"  # its run
 # data
 dataset = "openwebtext"  # a folder in data/, or a path to one; or several with weights: 'wiki:0.6,novels:0.4'
 gradient_accumulation_steps = 5 * 8  # micro-steps in an iteration, over all processes together
+batch_tokens = 0  # tokens in an iteration, to the nearest micro-step, in place of that; 0 for that
+batch_ramp_tokens = 0  # grow to that batch over the first so many tokens, 0 for not growing
+batch_ramp_start = 32768  # tokens in the first iteration then
 batch_size = 12  # sequences in a micro-step
 block_size = 1024  # tokens in a sequence: the model's context
 seed = 1337  # of the initial weights, the order of the data and dropout
 # model
+model_size = ""  # a paper's: 'gpt2' to 'gpt2-xl', 'gpt3-125m' to 'gpt3-175b': its shape, batch_tokens, learning_rate
 n_layer = 12  # blocks
 n_head = 12  # attention heads in a block
 n_embd = 768  # width, divisible by n_head
@@ -53,6 +57,8 @@ norm = "layernorm"  # 'layernorm', or 'rmsnorm', without gains
 qk_norm = False  # queries and keys normalised
 tied = True  # the head is the token embedding; False gives it a matrix of its own
 zero_init = False  # matrices that end on the residual begin at zero, and the head where it is not tied
+attn_pattern = "dense"  # the layers' attention in turn, such as 'dense,banded', GPT-3's
+attn_window = 256  # of banded layers: how many tokens a token sees, itself among them
 smear = 0  # so many tokens before each are mixed into what a block and its MLP read
 # adaptation: train a few parameters of the model that init_from opens (adapt.py)
 lora_rank = 0  # LoRA: rank of the two thin matrices beside each of lora_targets, 8 is usual; 0 for no LoRA
@@ -65,6 +71,7 @@ freeze = ""  # train a part: 'all_but_head', 'all_but_last_4' (or any number), '
 optim = "adamw"  # 'adamw', or 'muon': Muon on the blocks' matrices, AdamW on all the rest
 learning_rate = 6e-4  # AdamW's, the highest
 max_iters = 600000  # iterations, that is, updates of the weights, in all
+max_tokens = 0  # tokens in all, in place of max_iters; 0 for max_iters
 epochs = 0  # passes over the training split (of all datasets together), in place of max_iters; 0 for max_iters
 weight_decay = 1e-1  # on matrices and embeddings
 beta1 = 0.9  # decay of the mean of the gradients
@@ -80,6 +87,8 @@ lr_schedule = "cosine"  # shape of the decay: 'cosine', 'linear', or 'wsd': cons
 decay_frac = 0.2  # of 'wsd': how much of lr_decay_iters is that line
 warmup_iters = 2000  # iterations of linear warm-up
 lr_decay_iters = 600000  # where the decay ends, usually max_iters; with epochs, their end unless set
+warmup_tokens = 0  # with lr_decay_tokens, in place of warmup_iters
+lr_decay_tokens = 0  # by tokens, in place of lr_decay_iters: where the decay ends; 0 for by iterations
 min_lr = 6e-5  # the rate after the decay, usually learning_rate / 10
 # system
 backend = "nccl"  # 'nccl' or 'gloo' under torchrun; on CPUs always gloo
@@ -96,6 +105,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,6 +119,7 @@ from loader import Mixture, evaluated, training_batches
 from model import derive_seed
 from processes import StopSignal
 from progress import Diverged, what_is_done
+from schedule import learning_rate_at, micro_steps_at
 from startup import Run, prepare
 
 EVALUATED_AT_ONCE = 1 << 22  # logits, or activations of an MLP, on a CPU
@@ -131,20 +142,19 @@ def main(c: Config) -> None:
 def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
     """The training loop."""
     c, p = r.c, r.progress
-    micro_steps = c.gradient_accumulation_steps // r.processes.world_size
-    per_step = c.batch_size * c.gradient_accumulation_steps
+    rank, world_size = r.processes.rank, r.processes.world_size
     epoch_length = sum(train.blocks(c.block_size))
     ctx = autocast(c.device, c.dtype)
     fast, model = accelerate(r, ctx, train.packed)
     batches = training_batches(
-        train, c.block_size, c.batch_size, c.gradient_accumulation_steps, r.model.config.vocab_size, c.seed,
-        p.sequences_seen, r.processes.rank, r.processes.world_size, c.device,
+        train, c.block_size, c.batch_size, partial(micro_steps_at, c=c), r.model.config.vocab_size, c.seed,
+        p.sequences_seen, rank, world_size, c.device,
     )  # fmt: skip
     stop = None if c.eval_only else StopSignal()
     r.reporter.start_clock()
 
     while True:
-        lr = learning_rate_at(p.iter_num, c)
+        lr = learning_rate_at(p.iter_num, p.sequences_seen, c)
         set_rates(r, lr)
 
         if c.eval_only or p.iter_num >= c.max_iters or c.eval_interval and p.iter_num % c.eval_interval == 0:
@@ -157,12 +167,16 @@ def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
             break
 
         loss = torch.zeros((), device=c.device)
-        for k in range(micro_steps):
+        micro_steps = micro_steps_at(p.sequences_seen, c)
+        own = (
+            len(range(rank, micro_steps, world_size)) or 1
+        )  # with nothing of its own, a process goes along for nothing
+        for k in range(own):
             micro_step, share, x, y, positions = next(batches)
             if c.dropout or c.lora_dropout:
                 torch.manual_seed(derive_seed(c.seed, p.iter_num, micro_step))
-            if r.processes.world_size > 1:  # gradients travel once, after the last micro-step
-                model.require_backward_grad_sync = k == micro_steps - 1
+            if world_size > 1:  # gradients travel once, after the last micro-step
+                model.require_backward_grad_sync = k == own - 1
             with ctx:
                 _, micro_loss = model(x, y, loss_only=True, positions=positions)
             r.scaler.scale(micro_loss / share).backward()
@@ -175,12 +189,13 @@ def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
         for optimizer in r.optimizers:
             r.scaler.step(optimizer)
         r.scaler.update()
-        p.iter_num, p.sequences_seen = p.iter_num + 1, p.sequences_seen + per_step
+        taken = micro_steps * c.batch_size
+        p.iter_num, p.sequences_seen = p.iter_num + 1, p.sequences_seen + taken
         r.whole = True
         r.model.zero_grad(set_to_none=True)
 
-        r.reporter.step(lr, loss, norm)
-        if p.sequences_seen // epoch_length > (p.sequences_seen - per_step) // epoch_length:
+        r.reporter.step(lr, loss, norm, taken)
+        if p.sequences_seen // epoch_length > (p.sequences_seen - taken) // epoch_length:
             r.reporter.end_epoch(p.sequences_seen // epoch_length)
         if r.files:
             r.files.report()
@@ -244,7 +259,8 @@ def accelerate(r: Run, ctx, packed: bool) -> tuple[torch.nn.Module, torch.nn.Mod
     fast = model = torch.compile(r.model) if use_compile else r.model
     if r.processes.world_size > 1 and not c.eval_only:
         device_ids = [r.processes.local_rank] if c.device.startswith("cuda") else None
-        every_time = c.gradient_accumulation_steps == r.processes.world_size  # a static graph wants gradients sent
+        # a static graph wants gradients sent every time
+        every_time = c.gradient_accumulation_steps == r.processes.world_size and not c.batch_ramp_tokens
         model = DistributedDataParallel(
             fast, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=every_time
         )
@@ -280,23 +296,6 @@ def set_rates(r: Run, lr: float) -> None:
     for group in muon[0].param_groups if muon else ():
         group["lr"] = c.muon_learning_rate * lr / c.learning_rate
         group["momentum"] = c.muon_momentum - (1 - risen) * max(0.0, c.muon_momentum - 0.85)
-
-
-def learning_rate_at(iter_num: int, c: Config) -> float:
-    """Linear warm-up, then down to min_lr at lr_decay_iters: by a cosine, as nanoGPT's; by a line; or by a line that
-    begins when decay_frac of lr_decay_iters is left."""
-    if not c.decay_lr:
-        return c.learning_rate
-    if iter_num < c.warmup_iters:
-        return c.learning_rate * (iter_num + 1) / (c.warmup_iters + 1)
-    if iter_num >= c.lr_decay_iters:
-        return c.min_lr
-    begin = c.warmup_iters
-    if c.lr_schedule == "wsd":
-        begin = max(begin, (1 - c.decay_frac) * c.lr_decay_iters)
-    done = max(0.0, (iter_num - begin) / (c.lr_decay_iters - begin))
-    left = 0.5 * (1 + math.cos(math.pi * done)) if c.lr_schedule == "cosine" else 1 - done
-    return c.min_lr + left * (c.learning_rate - c.min_lr)
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def take(batches, n):
 
 def test_processes_share_what_one_process_reads_alone(tmp_path):
     tokens = open_mixture(parts_of(str(make(tmp_path))), "train", 8)
-    common = dict(block_size=8, batch_size=2, micro_steps=4, vocab_size=50, seed=9, first=6, device="cpu")
+    common = dict(block_size=8, batch_size=2, micro_steps=lambda n: 4, vocab_size=50, seed=9, first=6, device="cpu")
     alone = take(training_batches(tokens, rank=0, world_size=1, **common), 12)
     assert [(m, share) for m, share, _, _ in alone] == [(m, 4) for m in (0, 1, 2, 3)] * 3
     for world in (2, 4):

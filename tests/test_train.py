@@ -21,6 +21,7 @@ import train
 from configurator import UserError, configure
 from model import GPT, GPTConfig
 from run_dir import RunDir
+from schedule import learning_rate_at
 
 SLOWLY = ["--sample_interval=1", "--sample_tokens=300"]  # so that a signal comes before the end; changes no figure
 RUN = ["--dropout=0.1", "--gradient_accumulation_steps=4", "--max_iters=30", "--lr_decay_iters=30", "--log_interval=1"]
@@ -438,16 +439,16 @@ def test_samples_are_drawn_along_the_way(stories, tmp_path, monkeypatch, capsys)
 
 def test_the_schedules_are_nanogpts_cosine_and_a_line():
     c = settings("--learning_rate=1e-3", "--min_lr=1e-4", "--warmup_iters=100", "--lr_decay_iters=1100")
-    assert train.learning_rate_at(0, c) == pytest.approx(1e-3 / 101)
-    assert train.learning_rate_at(99, c) == pytest.approx(1e-3 * 100 / 101)
-    assert train.learning_rate_at(100, c) == pytest.approx(1e-3)
-    assert train.learning_rate_at(600, c) == pytest.approx(5.5e-4)
-    assert train.learning_rate_at(350, c) == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi / 4)) / 2)
-    assert train.learning_rate_at(1100, c) == train.learning_rate_at(10**6, c) == 1e-4
+    assert learning_rate_at(0, 0, c) == pytest.approx(1e-3 / 101)
+    assert learning_rate_at(99, 0, c) == pytest.approx(1e-3 * 100 / 101)
+    assert learning_rate_at(100, 0, c) == pytest.approx(1e-3)
+    assert learning_rate_at(600, 0, c) == pytest.approx(5.5e-4)
+    assert learning_rate_at(350, 0, c) == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi / 4)) / 2)
+    assert learning_rate_at(1100, 0, c) == learning_rate_at(10**6, 0, c) == 1e-4
     c.lr_schedule = "linear"
-    assert train.learning_rate_at(350, c) == pytest.approx(1e-4 + 9e-4 * 0.75)
+    assert learning_rate_at(350, 0, c) == pytest.approx(1e-4 + 9e-4 * 0.75)
     c.decay_lr = False
-    assert train.learning_rate_at(10**6, c) == 1e-3
+    assert learning_rate_at(10**6, 0, c) == 1e-3
 
 
 def test_every_config_file_has_known_keys_and_sound_settings(capsys):

@@ -18,6 +18,7 @@ import startup
 import train
 from configurator import UserError
 from model import GPT, GPTConfig, derive_seed
+from schedule import learning_rate_at
 
 FIELDS = dict(act="relu2", pos="rope", norm="rmsnorm", qk_norm=True, tied=False, zero_init=True, smear=3)
 NEW = [f"--{key}={value}" for key, value in FIELDS.items()]
@@ -249,26 +250,26 @@ def test_wsd_is_constant_and_then_a_line():
     at = {0: 1e-3 / 101, 99: 1e-3 * 100 / 101, 100: 1e-3, 400: 1e-3, 550: 1e-3}
     at |= {825: 5.5e-4, 1045: 1.9e-4, 1099: 1e-4 + 9e-4 / 550, 1100: 1e-4, 5000: 1e-4}
     for n, rate in at.items():
-        assert train.learning_rate_at(n, c) == pytest.approx(rate), n
+        assert learning_rate_at(n, 0, c) == pytest.approx(rate), n
     c.decay_frac = 0.2  # the default: from 880 on
     assert settings().decay_frac == 0.2
     for n, rate in {880: 1e-3, 881: 1e-3 - 9e-4 / 220, 990: 5.5e-4, 1100: 1e-4}.items():
-        assert train.learning_rate_at(n, c) == pytest.approx(rate), n
+        assert learning_rate_at(n, 0, c) == pytest.approx(rate), n
     c.decay_frac = 1.0  # all that is left after the warm-up
-    assert train.learning_rate_at(100, c) == pytest.approx(1e-3)
-    assert train.learning_rate_at(600, c) == pytest.approx(5.5e-4)
+    assert learning_rate_at(100, 0, c) == pytest.approx(1e-3)
+    assert learning_rate_at(600, 0, c) == pytest.approx(5.5e-4)
     c.decay_lr = False
-    assert train.learning_rate_at(1000, c) == 1e-3
+    assert learning_rate_at(1000, 0, c) == 1e-3
 
 
 def test_linear_is_a_line_to_the_end():
     c = settings("--learning_rate=0.02", "--min_lr=0", "--warmup_iters=0", "--lr_decay_iters=120",
                  "--lr_schedule=linear")  # fmt: skip
     for n in range(120):
-        assert train.learning_rate_at(n, c) == pytest.approx(0.02 * (120 - n) / 120)
-    assert train.learning_rate_at(120, c) == 0
+        assert learning_rate_at(n, 0, c) == pytest.approx(0.02 * (120 - n) / 120)
+    assert learning_rate_at(120, 0, c) == 0
     c.warmup_iters, c.min_lr = 20, 0.01
-    assert train.learning_rate_at(70, c) == pytest.approx(0.015)
+    assert learning_rate_at(70, 0, c) == pytest.approx(0.015)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_muons_rate_follows_the_schedule_and_its_momentum_rises(stories, tmp_pat
             for group in muon.param_groups:
                 assert group["lr"] == pytest.approx(0.04 * 0.3) and group["momentum"] == pytest.approx(momentum), n
         for n, part in {0: 1 / 3, 1: 2 / 3, 2: 1, 20: 1, 30: 0.5, 38: 0.1, 40: 0}.items():  # of two of warm-up
-            train.set_rates(r, train.learning_rate_at(n, c))
+            train.set_rates(r, learning_rate_at(n, 0, c))
             assert all(group["lr"] == pytest.approx(0.01 * part) for group in adamw.param_groups), n
             assert all(group["lr"] == pytest.approx(0.04 * part) for group in muon.param_groups), n
 
