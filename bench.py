@@ -20,6 +20,7 @@ batch_size = 12  # sequences in an iteration; on a CPU 1, unless set; of generat
 block_size = 1024  # tokens in a sequence
 batch_sizes = ""  # of training, several in place of batch_size, such as 4,8,16
 block_sizes = ""  # and so in place of block_size: each with each
+model_size = ""  # a paper's shape: 'gpt2' to 'gpt2-xl', 'gpt3-125m' to 'gpt3-175b'
 n_layer = 12  # the model's shape: GPT-2 124M
 n_head = 12  # heads in a block
 n_embd = 768  # width
@@ -32,6 +33,8 @@ norm = "layernorm"  # 'layernorm' or 'rmsnorm'
 qk_norm = False  # queries and keys normalised
 tied = True  # the head is the token embedding
 zero_init = False  # matrices that end on the residual begin at zero
+attn_pattern = "dense"  # the layers' attention in turn, such as 'dense,banded'
+attn_window = 256  # of banded layers: how many tokens a token sees
 smear = 0  # so many tokens before each are mixed in
 optim = "adamw"  # 'adamw' or 'muon'
 real_data = True  # tokens of data/openwebtext, where it has been prepared; else random ones
@@ -68,11 +71,13 @@ import checkpoint
 from bench_train import circumstances, random_model
 from device import autocast, can_compile, choose_device, choose_dtype, memory_error_told
 from model import derive_seed
+from presets import apply_size
 from quantize import check_quantize
 
 
 @memory_error_told()
 def main(c: Config) -> None:
+    apply_size(c)
     if c.what not in ("train", "generate", "prepare"):
         raise UserError(f"what={c.what}: there are train, generate and prepare")
     for key in ("num_steps", "num_rounds", "max_new_tokens"):
