@@ -72,8 +72,10 @@ def test_activations_as_measured(shape, autocast, checkpointing):
     n_layer, n_head, n_embd, block_size, sequences, vocab_size, bias = shape
     config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=bias)
     formula = activation_bytes(config, sequences, checkpointing, autocast)
+    found = measured(config, sequences, checkpointing, autocast)
+    print(f"{formula / 1e6:.2f} MB by the formula, {found / 1e6:.2f} measured")
     # In bfloat16 a CPU rearranges matrices in memory of its own, which a GPU does not.
-    assert formula == pytest.approx(measured(config, sequences, checkpointing, autocast), rel=0.1 if autocast else 0.03)
+    assert formula == pytest.approx(found, rel=0.1 if autocast else 0.03)
 
 
 def test_activations_of_korthikantis_form():
