@@ -92,6 +92,8 @@ def test_every_recipe(tmp_path):
         done = run_script(clone / script, *words, cwd=clone)
         assert done.returncode == 0 and "Traceback" not in done.stderr, f"{command}\n{done.stdout}\n{done.stderr}"
     data = clone / "data"
+    questions = (data / "my_endings" / "val.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all(len(json.loads(question)["choices"]) == 4 for question in questions) and len(questions) > 50
     numbers = range(80)
     assert conversations(data / "chats") == ["<U>你好<A>你好，我是微GPT。<E>"] * 2
     assert conversations(data / "answers") == sorted(f"<U>问{n}？<A>答{n}。<E>" for n in numbers)
