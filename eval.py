@@ -9,7 +9,8 @@
 A model is an out_dir, a .pt file, a folder in the Hugging Face layout, or the name of one of OpenAI's, such as gpt2.
 
 Of a text, all tokens but the first are scored, each once, in windows that move on by `stride`; of conversations, what
-the assistant says, a row of them at a time, as in training:
+the assistant says, a row of them at a time, as in training. With a stride below the context the windows are those of
+Hugging Face's guide to perplexity; with the whole context as stride, that one leaves out a token in each window:
 
 - loss: nats per token. perplexity: e to the loss. bits_per_token: the loss in bits
 - bits_per_byte, bits_per_character: all bits, those for special tokens too, over the bytes and the characters of the
@@ -237,10 +238,18 @@ def check(c: Config) -> None:
     for key in ("data", "task"):
         if "" in getattr(c, key):
             raise UserError(f"--{key}= is empty: expected the name of a file{' or a dataset' * (key == 'data')}")
+    for name in c.data:
+        if Path(name).is_file() and {".zip", ".jsonl", ".json", ".csv", ".tsv", ".parquet"} & set(Path(name).suffixes):
+            raise UserError(
+                f"--data={name}: expected a plain text, or a dataset, which data/chinese/prepare.py makes of it, "
+                f"with --tokenizer={(c.models or [c.out_dir])[0]}"
+            )
     for source in c.models:
         path, expected = Path(source), "expected an out_dir, a .pt file, a Hugging Face folder, or gpt2"
         if not path.exists() and not source.startswith("gpt2"):
             raise UserError(f"no model {source}: {expected}{'; a key begins with two dashes' * ('=' in source)}")
+        if path.is_file() and path.suffix != ".pt":
+            raise UserError(f"{source} is no model: {expected}")
         if path.is_dir() and not checkpoint.is_checkpoint(source) and not (path / "config.json").is_file():
             raise UserError(f"there is no model in {source} (no ckpt.pt, last.pt or config.json): {expected}")
 
@@ -283,12 +292,18 @@ def as_json(rows: list[Figures]) -> str:
 def main(c: Config) -> None:
     check(c)
     tasks = tasks_of(c)
-    rows = [row for source in c.models or [""] for row in evaluated(c, source, tasks)]
-    if c.json:
-        print(as_json(rows))
-        return
-    kinds = (("data", TEXT_COLUMNS), ("task", TASK_COLUMNS))
-    print("\n\n".join(table(own, k, columns) for k, columns in kinds if (own := [row for row in rows if k in row])))
+    rows: list[Figures] = []
+    try:
+        for source in c.models or [""]:
+            with user_errors(UserError, about=source if len(c.models) > 1 else ""):
+                rows += evaluated(c, source, tasks)
+    finally:  # also before a mistake in a later model is told, or after Ctrl-C
+        if c.json and rows:
+            print(as_json(rows))
+        elif rows:
+            kinds = (("data", TEXT_COLUMNS), ("task", TASK_COLUMNS))
+            parts = [(k, columns, [row for row in rows if k in row]) for k, columns in kinds]
+            print("\n\n".join(table(own, k, columns) for k, columns, own in parts if own))
 
 
 if __name__ == "__main__":

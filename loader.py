@@ -379,13 +379,12 @@ def training_batches(
     side = torch.cuda.Stream(device) if device.startswith("cuda") else None
 
     def read(begin: int, steps: int, micro_step: int) -> tuple[float, list[torch.Tensor | None]]:
-        of_step = begin + np.arange(steps * batch_size)
-        own = slice(micro_step % steps * batch_size, (micro_step % steps + 1) * batch_size)
+        numbers = begin + micro_step % steps * batch_size + np.arange(batch_size)
         share = steps / world_size if micro_step < steps else math.inf
         if data.packed and micro_step < steps:  # there are more tokens to learn in some than in others
-            learnt = data.learnt(of_step, block_size, seed)
-            share = float(learnt.sum() / learnt[own].sum() / world_size)
-        batch = data.windows(of_step[own], block_size, vocab_size, seed)
+            of_step, own = (data.learnt(n, block_size, seed) for n in (begin + np.arange(steps * batch_size), numbers))
+            share = float(of_step.sum() / own.sum() / world_size)
+        batch = data.windows(numbers, block_size, vocab_size, seed)
         if side is None:
             return share, [t if t is None else t.to(device) for t in batch]
         with torch.cuda.stream(side):

@@ -57,7 +57,7 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
     "RTX 3080": 59.5e12,
     "MI300X": 1307e12,
-    "MI250X": 383e12,
+    "MI250X": 191.5e12,  # of each of its two halves, which are a device each
 }
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -115,10 +115,10 @@ class GPTConfig:
             raise ValueError(
                 f"pos = 'rope' needs heads of even size, not n_embd / n_head = {self.n_embd // self.n_head}"
             )
-        if not set(self.attn_pattern.split(",")) <= {"dense", "banded"}:
+        if not set(str(self.attn_pattern).split(",")) <= {"dense", "banded"}:
             raise ValueError(f"attn_pattern = {self.attn_pattern!r}: expected dense and banded between commas")
-        if self.attn_window < 1:
-            raise ValueError(f"attn_window = {self.attn_window}: it must be at least 1, a token itself")
+        if type(self.attn_window) is not int or self.attn_window < 1:
+            raise ValueError(f"attn_window = {self.attn_window}: it must be whole and at least 1, a token itself")
         if not 0 <= self.smear < self.block_size:
             raise ValueError(f"smear = {self.smear}: it must be at least 0 and below block_size = {self.block_size}")
 
@@ -132,6 +132,8 @@ class GPTConfig:
         args = asdict(self)
         nanogpt = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
         newer = {f.name: args[f.name] for f in fields(self) if f.name not in nanogpt and args[f.name] != f.default}
+        if "banded" not in self.attn_pattern:
+            newer = {key: value for key, value in newer.items() if key not in ("attn_pattern", "attn_window")}
         return {key: args[key] for key in nanogpt} | newer
 
 
@@ -468,7 +470,6 @@ class GPT(nn.Module):
         c = self.config
         sizes = {"vocab_size": c.vocab_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
         known = sizes.keys() | {"block_size", "bias", "dropout"} | ({"act"} if c.act in HF_ACTIVATIONS else set())
-        known |= set() if "banded" in c.attn_pattern else {"attn_pattern", "attn_window"}
         if newer := c.model_args().keys() - known:
             raise ValueError(f"GPT-2's layout has no place for this model's {', '.join(sorted(newer))}")
         config = {

@@ -8,7 +8,7 @@ width of 5120. GPT-2's learning rates were not published, and its sizes are thos
 import difflib
 from dataclasses import dataclass
 
-from configurator import Config, UserError
+from configurator import Config, UserError, note
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,13 @@ def apply_size(c: Config) -> None:
     if "gradient_accumulation_steps" not in later:
         row |= {"batch_tokens": size.batch_tokens}
     if size.learning_rate:
-        row |= {"learning_rate": size.learning_rate, "min_lr": size.learning_rate / 10}
+        rate = settings["learning_rate"] if "learning_rate" in later else size.learning_rate
+        row |= {"learning_rate": size.learning_rate, "min_lr": rate / 10}
     row = {key: value for key, value in row.items() if key in settings and key not in later}
+    note(
+        f"model_size={c.model_size}: "
+        + ", ".join(f"{k} = {v:g}" if type(v) is float else f"{k} = {v}" for k, v in row.items())
+    )
     for key, value in row.items():
         setattr(c, key, value)
     c.given = [key for key in c.given[:place] if key not in row] + list(row) + later

@@ -38,7 +38,8 @@ class Progress:
 def what_is_done(c: Config, p: Progress) -> str:
     """Why a run has come to its end, in words; empty if it has not."""
     if p.iter_num > c.max_iters or p.iter_num == c.max_iters == p.evaluated_at:
-        return f"all {c.max_iters:,} iterations are done; a larger --max_iters goes on"
+        limit = next((key for key in ("epochs", "max_tokens") if getattr(c, key)), "max_iters")
+        return f"all {c.max_iters:,} iterations are done; a larger --{limit} goes on"
     if c.target_val_loss and p.evaluated_at == p.iter_num and p.best_val_loss <= c.target_val_loss:
         return f"the validation loss is {p.best_val_loss:.4f}; a lower --target_val_loss goes on"
     if c.patience and p.stale_evaluations >= c.patience:
@@ -66,8 +67,8 @@ class Reporter:
         self.c, self.processes, self.model, self.progress, self.scaled = c, processes, model, progress, scaled
         self.log: Log | None = None  # where the first process writes
         self.wandb: Any = None
-        self.total = sequences_in(c.max_iters, c)  # sequences of the whole run
         self.seen = progress.sequences_seen  # sequences of the iterations that are settled
+        self.total = self.seen + sequences_in(max(0, c.max_iters - progress.iter_num), c, self.seen)  # of the whole run
         self.waiting: Step | None = None
         self.compile_seconds = 0.0
         self.start_clock()

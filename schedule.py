@@ -22,6 +22,7 @@ INSTEAD = {
     "max_tokens": ("epochs",),
     "gradient_accumulation_steps": ("batch_tokens",),
     "lr_decay_iters": ("lr_decay_tokens", "warmup_tokens"),
+    "warmup_iters": ("warmup_tokens",),
 }
 
 
@@ -48,15 +49,16 @@ def check_schedule(c: Config) -> None:
         raise UserError(f"warmup_tokens={c.warmup_tokens}: a schedule by tokens needs lr_decay_tokens, too")
 
 
-def settle(c: Config, epoch_length: int, resumed: bool) -> None:
-    """Puts into the settings what follows from others: gradient_accumulation_steps from batch_tokens, max_iters from
-    epochs of `epoch_length` sequences or from max_tokens, and a new run's lr_decay_iters from max_iters then."""
+def settle(c: Config, epoch_length: int, iter_num: int = 0, sequences_seen: int = 0) -> None:
+    """Puts into the settings what follows from others, for a run that has done so much: gradient_accumulation_steps
+    from batch_tokens, max_iters from epochs of `epoch_length` sequences or from max_tokens, to whole iterations down;
+    and for a new run lr_decay_iters from max_iters then."""
     if c.batch_tokens:
         c.gradient_accumulation_steps = max(1, round(c.batch_tokens / (c.batch_size * c.block_size)))
-    sequences = c.epochs * epoch_length or c.max_tokens // c.block_size
-    if sequences:
-        c.max_iters = iterations_in(sequences, c)
-        if "lr_decay_iters" not in c.given and not resumed:
+    if c.epochs or c.max_tokens:
+        left = (c.epochs * epoch_length or c.max_tokens // c.block_size) - sequences_seen
+        c.max_iters = max(1, iter_num + iterations_in(left, c, sequences_seen))
+        if "lr_decay_iters" not in c.given and not iter_num:
             c.lr_decay_iters = c.max_iters
 
 
@@ -73,13 +75,14 @@ def micro_steps_at(sequences_seen: int, c: Config) -> int:
 def learning_rate_at(iter_num: int, sequences_seen: int, c: Config) -> float:
     """Linear warm-up, then down to min_lr at the end of the decay: by a cosine, as nanoGPT's; by a line; or by a line
     that begins when decay_frac of the whole is left. By iterations, or with lr_decay_tokens by tokens, which is the
-    same where all iterations have as many."""
+    same where all iterations have as many; without warmup_tokens, these are those of the first warmup_iters."""
     if not c.decay_lr:
         return c.learning_rate
     at, one, warmup, end = iter_num, 1, c.warmup_iters, c.lr_decay_iters
     if c.lr_decay_tokens:
         at, one = sequences_seen * c.block_size, micro_steps_at(sequences_seen, c) * c.batch_size * c.block_size
-        warmup, end = c.warmup_tokens, c.lr_decay_tokens
+        warmup = c.warmup_tokens or sequences_in(c.warmup_iters, c) * c.block_size
+        end = c.lr_decay_tokens
     if at < warmup:
         return c.learning_rate * (at + one) / (warmup + one)
     if at >= end:
@@ -92,25 +95,26 @@ def learning_rate_at(iter_num: int, sequences_seen: int, c: Config) -> float:
     return c.min_lr + left * (c.learning_rate - c.min_lr)
 
 
-def sequences_in(iterations: int, c: Config) -> int:
-    """How many sequences a run's first so many iterations take."""
-    growing = list(islice(_growing(c), iterations))
-    return sum(growing) + (iterations - len(growing)) * c.gradient_accumulation_steps * c.batch_size
+def sequences_in(iterations: int, c: Config, sequences_seen: int = 0) -> int:
+    """How many sequences so many iterations take, those that come after so many sequences."""
+    n = taken = 0
+    for n, one in enumerate(islice(_growing(c, sequences_seen), iterations), 1):  # noqa: B007
+        taken += one
+    return taken + (iterations - n) * c.gradient_accumulation_steps * c.batch_size
 
 
-def iterations_in(sequences: int, c: Config) -> int:
-    """How many iterations a run's first so many sequences are enough for; at least 1."""
+def iterations_in(sequences: int, c: Config, sequences_seen: int = 0) -> int:
+    """How many iterations so many sequences are enough for, those that come after so many others."""
     n, left = 0, sequences
-    for taken in _growing(c):
-        if taken > left:
-            return max(1, n)
-        n, left = n + 1, left - taken
-    return max(1, n + left // (c.gradient_accumulation_steps * c.batch_size))
+    for one in _growing(c, sequences_seen):
+        if one > left:
+            return n
+        n, left = n + 1, left - one
+    return n + max(0, left) // (c.gradient_accumulation_steps * c.batch_size)
 
 
-def _growing(c: Config) -> Iterator[int]:
-    """The sequences of each iteration until the batch is whole."""
-    seen = 0
-    while (micro_steps := micro_steps_at(seen, c)) < c.gradient_accumulation_steps:
+def _growing(c: Config, sequences_seen: int) -> Iterator[int]:
+    """The sequences of each iteration from there on until the batch is whole."""
+    while (micro_steps := micro_steps_at(sequences_seen, c)) < c.gradient_accumulation_steps:
         yield micro_steps * c.batch_size
-        seen += micro_steps * c.batch_size
+        sequences_seen += micro_steps * c.batch_size

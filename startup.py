@@ -73,7 +73,8 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     if state.get("data", data) != data:
         note(f"warning: the dataset {c.dataset} is no longer the one that this run began with")
     epoch_length = sum(train.blocks(c.block_size))
-    settle(c, epoch_length, bool(state))
+    progress = progress_of(state, c)
+    settle(c, epoch_length, progress.iter_num, progress.sequences_seen)
     per_step = c.batch_size * c.gradient_accumulation_steps
 
     model.to(c.device)
@@ -83,16 +84,10 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
         c.muon_momentum, kind, processes.rank, processes.world_size,
     )  # fmt: skip
     scaler = torch.amp.GradScaler(kind, enabled=c.dtype == "float16")
-    progress = Progress()
     if state:
         checkpoint.load_optimizers(optimizers, model, state, path)
         if state.get("scaler"):
             scaler.load_state_dict(state["scaler"])
-        seen = sequences_in(state["iter_num"], c)  # nanoGPT's files do not count them
-        progress = Progress(state["iter_num"], state.get("sequences_seen", seen), state["best_val_loss"])
-        progress.evaluated_at = progress.iter_num  # as ckpt.pt was, which alone has no progress of its own
-        for key, value in state.get("progress", {}).items():
-            setattr(progress, key, value)
     reporter = Reporter(c, processes, model, progress, scaler.is_enabled())
     r = Run(c, processes, model, tokenizer, optimizers, scaler, progress, reporter, data, adapter)
     r.started_at = progress.iter_num
@@ -103,7 +98,12 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     )
     if c.batch_ramp_tokens:
         first = micro_steps_at(0, c) * c.batch_size * c.block_size
-        reporter.say(f"the batch grows to that from {first:,} tokens over the first {c.batch_ramp_tokens:,}")
+        if first < per_step * c.block_size:
+            reporter.say(f"the batch grows to that from {first:,} tokens over the first {c.batch_ramp_tokens:,}")
+        else:
+            reporter.say(
+                f"it does not grow: batch_ramp_start={c.batch_ramp_start:,} is no smaller, in whole micro-steps"
+            )
     if c.gradient_accumulation_steps % processes.world_size:
         reporter.say(
             f"its {c.gradient_accumulation_steps} micro-steps do not divide evenly by {processes.world_size} "
@@ -129,6 +129,19 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
         c.run_id = state.get("config", {}).get("run_id") or uuid.uuid4().hex
         processes.first(lambda: open_files(r, path, lock, held))
     return r, train, val
+
+
+def progress_of(state: dict[str, Any], c: Config) -> Progress:
+    """What a checkpoint says that its run has done; nothing where there is none."""
+    if not state:
+        return Progress()
+    as_it_was = Config(**vars(c) | {key: value for key, value in state["config"].items() if key in vars(c)})
+    seen = sequences_in(state["iter_num"], as_it_was)  # nanoGPT's files do not count them
+    progress = Progress(state["iter_num"], state.get("sequences_seen", seen), state["best_val_loss"])
+    progress.evaluated_at = progress.iter_num  # as ckpt.pt was, which alone has no progress of its own
+    for key, value in state.get("progress", {}).items():
+        setattr(progress, key, value)
+    return progress
 
 
 def to_resume(

@@ -40,12 +40,12 @@ dataset = "openwebtext"  # a folder in data/, or a path to one; or several with 
 gradient_accumulation_steps = 5 * 8  # micro-steps in an iteration, over all processes together
 batch_tokens = 0  # tokens in an iteration, to the nearest micro-step, in place of that; 0 for that
 batch_ramp_tokens = 0  # grow to that batch over the first so many tokens, 0 for not growing
-batch_ramp_start = 32768  # tokens in the first iteration then
+batch_ramp_start = 32768  # tokens in the first iteration then, to the nearest micro-step
 batch_size = 12  # sequences in a micro-step
 block_size = 1024  # tokens in a sequence: the model's context
 seed = 1337  # of the initial weights, the order of the data and dropout
 # model
-model_size = ""  # a paper's: 'gpt2' to 'gpt2-xl', 'gpt3-125m' to 'gpt3-175b': its shape, batch_tokens, learning_rate
+model_size = ""  # a paper's: 'gpt2' to 'gpt2-xl', 'gpt3-125m' to 'gpt3-175b': shape, biases, batch, GPT-3's rate
 n_layer = 12  # blocks
 n_head = 12  # attention heads in a block
 n_embd = 768  # width, divisible by n_head
@@ -71,7 +71,7 @@ freeze = ""  # train a part: 'all_but_head', 'all_but_last_4' (or any number), '
 optim = "adamw"  # 'adamw', or 'muon': Muon on the blocks' matrices, AdamW on all the rest
 learning_rate = 6e-4  # AdamW's, the highest
 max_iters = 600000  # iterations, that is, updates of the weights, in all
-max_tokens = 0  # tokens in all, in place of max_iters; 0 for max_iters
+max_tokens = 0  # tokens in all, to whole iterations down, in place of max_iters; 0 for max_iters
 epochs = 0  # passes over the training split (of all datasets together), in place of max_iters; 0 for max_iters
 weight_decay = 1e-1  # on matrices and embeddings
 beta1 = 0.9  # decay of the mean of the gradients
@@ -84,10 +84,10 @@ grad_clip = 1.0  # clip the gradients' norm to this, 0 for never
 # learning rate schedule
 decay_lr = True  # warm up and decay; False is a constant rate
 lr_schedule = "cosine"  # shape of the decay: 'cosine', 'linear', or 'wsd': constant, then a line at the end
-decay_frac = 0.2  # of 'wsd': how much of lr_decay_iters is that line
+decay_frac = 0.2  # of 'wsd': how much of the whole is that line
 warmup_iters = 2000  # iterations of linear warm-up
-lr_decay_iters = 600000  # where the decay ends, usually max_iters; with epochs, their end unless set
-warmup_tokens = 0  # with lr_decay_tokens, in place of warmup_iters
+lr_decay_iters = 600000  # where the decay ends, usually max_iters; with epochs or max_tokens, their end unless set
+warmup_tokens = 0  # with lr_decay_tokens, in place of warmup_iters; 0 for those
 lr_decay_tokens = 0  # by tokens, in place of lr_decay_iters: where the decay ends; 0 for by iterations
 min_lr = 6e-5  # the rate after the decay, usually learning_rate / 10
 # system
@@ -168,9 +168,8 @@ def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
 
         loss = torch.zeros((), device=c.device)
         micro_steps = micro_steps_at(p.sequences_seen, c)
-        own = (
-            len(range(rank, micro_steps, world_size)) or 1
-        )  # with nothing of its own, a process goes along for nothing
+        # a process without a micro-step of its own takes one that counts nothing
+        own = len(range(rank, micro_steps, world_size)) or 1
         for k in range(own):
             micro_step, share, x, y, positions = next(batches)
             if c.dropout or c.lora_dropout:
@@ -259,8 +258,7 @@ def accelerate(r: Run, ctx, packed: bool) -> tuple[torch.nn.Module, torch.nn.Mod
     fast = model = torch.compile(r.model) if use_compile else r.model
     if r.processes.world_size > 1 and not c.eval_only:
         device_ids = [r.processes.local_rank] if c.device.startswith("cuda") else None
-        # a static graph wants gradients sent every time
-        every_time = c.gradient_accumulation_steps == r.processes.world_size and not c.batch_ramp_tokens
+        every_time = c.gradient_accumulation_steps == r.processes.world_size  # a static graph wants gradients sent
         model = DistributedDataParallel(
             fast, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=every_time
         )

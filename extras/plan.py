@@ -4,6 +4,8 @@
     $ python extras/plan.py --gpu_hours=1000 --gpu=h100 --mfu=0.4          # the other way round: what they are good for
     $ python extras/plan.py --model_size=gpt2 --json
 
+train.py has DDP, and neither FSDP nor activation checkpointing yet: with these, it is what PyTorch's own would take.
+
 GiB are 2^30 bytes, as in nvidia-smi and `ls -h`; so are the keys of --json that end in _gb. Time is that of training
 alone, without evaluations, failures and the wait for a machine.
 
@@ -108,8 +110,8 @@ def check(c: Config) -> None:
         if getattr(c, key) < 1:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
     for key in ("tokens", "micro_batch", "gpu_hours", "peak_tflops", "memory_gb"):
-        if not 0 <= getattr(c, key) < math.inf:
-            raise UserError(f"{key}={getattr(c, key)}: expected 0 or more")
+        if not 0 <= getattr(c, key) <= 1e18:
+            raise UserError(f"{key}={getattr(c, key)}: expected 0 to 1e18")
     if not 0 < c.mfu <= 1:
         raise UserError(f"mfu={c.mfu}: expected a share of the peak, above 0 and at most 1, such as 0.4")
     for key, known in (("parallel", KINDS), ("optim", OPTIMS)):
@@ -117,8 +119,8 @@ def check(c: Config) -> None:
             raise UserError(f"{key}={getattr(c, key)}: expected {' or '.join(known)}")
     if c.parallel == "fsdp" and c.gpus == 1:
         raise UserError("parallel=fsdp shares a model out among GPUs, and gpus=1: expected --gpus=2 or more, or ddp")
-    if "gpu_hours" in c.given and not c.gpu_hours:
-        raise UserError("gpu_hours=0.0: expected hours, such as 1000")
+    if "gpu_hours" in c.given and c.gpu_hours < 1e-6:
+        raise UserError(f"gpu_hours={c.gpu_hours:g}: expected hours, such as 1000")
     taken = ("gpu_hours", "gpu", "gpus", "mfu", "vocab_size", "peak_tflops", "memory_gb", "json")
     if c.gpu_hours and (others := [key for key in c.given if key not in taken]):
         raise UserError(
@@ -133,7 +135,8 @@ def machine(c: Config) -> tuple[str, float, float]:
     name = name[:-1] if name.endswith("gb") else name
     name = OTHER_NAMES.get(name, name)
     if name not in GPUS and not (c.peak_tflops and c.memory_gb):
-        nearest = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.0)[0]
+        longer = [known for known in GPUS if known.startswith(name)]
+        nearest = (longer or difflib.get_close_matches(name, GPUS, n=1, cutoff=0.0))[0]
         raise UserError(
             f"gpu={c.gpu}: did you mean {nearest}? There are {', '.join(GPUS)}; any other goes with --peak_tflops and "
             f"--memory_gb"
@@ -160,15 +163,15 @@ class Layout:
 
 
 def layout(model: GPT, c: Config, room: float, checkpointing: bool) -> Layout:
-    """An iteration of batch_tokens on c.gpus of `room` bytes: as few micro-steps as can be, all of the same size."""
-    share = max(1, round(c.batch_tokens / (c.block_size * c.gpus)))  # sequences of a GPU in an iteration
+    """An iteration on c.gpus of `room` bytes: as near batch_tokens as can be, to 1 %; then in as few micro-steps."""
+    share = c.batch_tokens / (c.block_size * c.gpus)  # sequences of a GPU in an iteration
     shards = c.gpus if c.parallel == "fsdp" else 1
     most = most_sequences(model, room, checkpointing, c.optim, shards)
-    if c.micro_batch:
-        sequences, steps = c.micro_batch, max(1, round(share / c.micro_batch))
-    else:
-        steps = -(-share // most) if most else 0
-        sequences = -(-share // steps) if most else 0
+    able = range(max(1, min(most, round(share)) // 2), max(1, min(most, round(share))) + 1) if most else []
+    cuts = [(n, max(1, round(share / n))) for n in ([c.micro_batch] if c.micro_batch else able)]
+    least = min((abs(n * steps - share) for n, steps in cuts), default=0)
+    near = [(n, steps) for n, steps in cuts if abs(n * steps - share) <= least + share / 100]
+    sequences, steps = max(near, default=(0, 0))
     memory = memory_of(model, sequences or 1, checkpointing, c.optim, shards)
     return Layout(sequences, steps * c.gpus, most, memory)
 
@@ -181,6 +184,7 @@ def figures_of(c: Config, model: GPT, plain: Layout, checkpointed: Layout) -> di
     seconds = per_token * total / (c.gpus * peak * c.mfu)
     chosen = checkpointed if c.activation_checkpointing else plain
     ckpt, last = checkpoint_bytes(model, c.optim)
+    taken = chosen.sequences * chosen.micro_steps * c.block_size or c.batch_tokens
     kept, recomputed = (
         activation_bytes(model.config, chosen.sequences or 1, how, copies=c.parallel == "ddp") for how in (False, True)
     )
@@ -195,7 +199,8 @@ def figures_of(c: Config, model: GPT, plain: Layout, checkpointed: Layout) -> di
         "tokens_per_parameter": total / n,
         "flops_per_token": per_token,
         "flops_total": per_token * total,
-        "iterations": math.ceil(total / c.batch_tokens),
+        "tokens_per_iteration": taken,
+        "iterations": math.ceil(total / taken),
         "tokens_per_second": total / seconds,
         "days": seconds / 86400,
         "gpu_hours": seconds / 3600 * c.gpus,
@@ -226,6 +231,7 @@ def report(c: Config, model: GPT, f: dict, plain: Layout, checkpointed: Layout) 
     same = preset and (preset.n_layer, preset.n_head, preset.n_embd, preset.block_size) == (
         c.n_layer, c.n_head, c.n_embd, c.block_size,
     )  # fmt: skip
+    asked = f" ({c.batch_tokens:,} asked)" if f["tokens_per_iteration"] != c.batch_tokens else ""
     name = c.model_size if same or not preset else f"{c.model_size}, changed,"
     of_each = f"of {f['peak_tflops']:g} TFLOP/s at {c.mfu:.0%} MFU"
     columns = (plain, checkpointed)
@@ -246,7 +252,7 @@ def report(c: Config, model: GPT, f: dict, plain: Layout, checkpointed: Layout) 
         f"context {c.block_size:,})",
         f"  tokens              {amount(f['tokens'])}, {f['tokens_per_parameter']:,.1f} a parameter",
         f"  compute             {f['flops_total']:.3g} FLOPs, {f['flops_per_token']:.3g} a token",
-        f"  iterations          {f['iterations']:,} of {c.batch_tokens:,} tokens",
+        f"  iterations          {f['iterations']:,} of {f['tokens_per_iteration']:,} tokens{asked}",
         f"  time                {duration(f['days'])}, {f['gpu_hours']:,.1f} GPU hours, "
         f"{f['tokens_per_second']:,.0f} tokens/s",
         f"                      {c.gpus} GPU{'s' * (c.gpus > 1)} {of_each}",
@@ -289,8 +295,8 @@ def advice(c: Config, model: GPT, f: dict, chosen: Layout) -> list[str]:
             lines.append(f"Not one sequence fits on a GPU. What would: {'; '.join(found)}.")
         else:
             lines.append(f"Not one sequence fits on a GPU, nor with FSDP on {MOST_GPUS}: take a smaller model.")
-    elif (taken := chosen.sequences * chosen.micro_steps * c.block_size) and abs(taken / c.batch_tokens - 1) > 0.005:
-        lines.append(f"An iteration is then {taken:,} tokens, not {c.batch_tokens:,}: whole sequences on every GPU.")
+    if c.parallel == "fsdp" or c.activation_checkpointing:
+        lines.append("train.py so far has DDP alone, neither FSDP nor activation checkpointing.")
     if c.activation_checkpointing:
         lines.append("Checkpointing computes a third more, which MFU does not count: take a lower --mfu for it.")
     if "mfu" not in c.given:
@@ -307,7 +313,7 @@ def ways(model: GPT, c: Config) -> list[str]:
         return memory_of(model, 1, checkpointing, c.optim, shards).whole <= room * (1 - RESERVED)
 
     found = [] if asked or not fits(memory, True, own) else ["--activation_checkpointing"]
-    for checkpointing in dict.fromkeys((asked, True)):
+    for checkpointing in dict.fromkeys((asked, True)) if not found else [asked]:
         enough = (
             n for n in (c.gpus << k for k in range(13)) if own < n <= MOST_GPUS and fits(memory, checkpointing, n)
         )
@@ -367,7 +373,8 @@ def report_best(c: Config, f: dict, rows: list[tuple[str, int, float, float]]) -
     for name, n, paid_for, ratio in rows:
         mark = "  <- nearest to 20" if name == f["model_size"] else ""
         lines.append(f"  {name:<16}{amount(n):>12}{amount(paid_for):>12}{ratio:>14,.1f}{mark}")
-    flags = "".join(f" --{key}={getattr(c, key)}" for key in c.given if key not in ("gpu_hours", "json"))
+    given = {key: getattr(c, key) for key in c.given if key not in ("gpu_hours", "json")}
+    flags = "".join(f" --{key}={f['gpu'] if key == 'gpu' else value}" for key, value in given.items())
     lines += [
         "",
         f"Whether it fits: python extras/plan.py --model_size={f['model_size']} --tokens={f['tokens']:.3g}{flags}",

@@ -345,6 +345,15 @@ def test_examples_in_a_row_are_banded_each_for_itself():
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
+def test_where_nothing_is_banded_a_window_leaves_no_trace():
+    """A dense model's model_args are nanoGPT's."""
+    for pattern in ("dense", "dense,dense"):
+        model = a_model({"attn_pattern": pattern, "attn_window": 3})
+        assert model.config.model_args() == a_model().config.model_args()
+        assert torch.equal(model(ids_of(2, 9))[0], a_model()(ids_of(2, 9))[0])
+        model.to_hf()
+
+
 def test_the_work_of_a_banded_layer_is_counted_by_its_window():
     shape = dict(n_layer=4, n_head=2, n_embd=8, vocab_size=11, block_size=100)
     with torch.device("meta"):
@@ -419,6 +428,8 @@ def test_model_args_name_what_is_new_and_make_the_same_model_again(fields):
         ({"smear": 16}, r"smear = 16.*below block_size = 16"),
         ({"attn_pattern": "dense,sparse"}, r"attn_pattern = 'dense,sparse'.*dense and banded"),
         ({"attn_pattern": ""}, r"attn_pattern = ''.*dense and banded"),
+        ({"attn_pattern": 5}, r"attn_pattern = 5.*dense and banded"),
+        ({"attn_window": 2.5}, r"attn_window = 2.5.*whole"),
         ({"attn_pattern": "banded", "attn_window": 0}, r"attn_window = 0.*at least 1"),
     ],
 )

@@ -151,6 +151,21 @@ def test_other_encodings_have_the_same_figures(trained, tmp_path):
     assert found[0]["bytes"] == len(text.encode()) - 3
 
 
+@pytest.mark.parametrize("json_asked", [False, True])
+def test_what_is_measured_is_shown_before_a_later_model_fails(tmp_path, capsys, json_asked):
+    good, bad = uniform(tmp_path / "good"), uniform(tmp_path / "bad")
+    state = checkpoint.load(bad / "ckpt.pt")
+    state["model"]["transformer.ln_f.bias"][0] = math.nan
+    checkpoint.save(bad / "ckpt.pt", state)
+    (tmp_path / "text.txt").write_text("ab" * 30, encoding="utf-8")
+    asked = {"device": "cpu", "models": [str(good), str(bad)], "data": [str(tmp_path / "text.txt")], "json": json_asked}
+    with pytest.raises(UserError, match=f"{bad}: the model's logits are not finite"):
+        evaluation.main(Config(**(DEFAULTS | asked)))
+    out = capsys.readouterr().out
+    shown = [row["model"] for row in json.loads(out)] if json_asked else [out.split("\n")[1].split()[0]]
+    assert shown == [str(good)]
+
+
 def test_an_infinite_perplexity_is_null_in_json(tmp_path, capsys):
     folder = uniform(tmp_path / "out")
     state = checkpoint.load(folder / "ckpt.pt")
@@ -252,7 +267,11 @@ def test_the_embedded_task_has_the_stories_that_were_kept_for_validation(trained
         text = tokenizer.decode(open_split(trained / "d", split, 1).ids)
         stories[split] = text.split("<|endoftext|>")[:-1]
         rows = seen[split] = list(map(json.loads, (endings / f"{split}.jsonl").open(encoding="utf-8")))
-        assert [row["query"] + row["choices"][row["gold"]] for row in rows] == stories[split]
+        for row, story in zip(rows, stories[split], strict=True):
+            end = row["query"] + row["choices"][row["gold"]]
+            before = story.removesuffix(end)
+            assert before != story and (not before or before[-1] in "。！？…”\n")  # a query begins with a sentence
+            assert 0 < len(row["query"]) <= 60 or row["query"].count("。") == 1
         own = {row["choices"][row["gold"]] for row in rows}
         for row in rows:
             assert len(set(row["choices"])) == 4 and set(row["choices"]) <= own
@@ -260,7 +279,7 @@ def test_the_embedded_task_has_the_stories_that_were_kept_for_validation(trained
             assert not any(choice.startswith(tuple("，、：；。地的")) for choice in row["choices"])
     assert len(seen["val"]) > 50 and {row["gold"] for row in seen["val"]} == {0, 1, 2, 3}
     sha256 = hashlib.sha256((endings / "val.jsonl").read_bytes()).hexdigest()  # the same file on every machine
-    assert sha256.startswith("892a647606833d01")
+    assert sha256.startswith("991fa0fe61513212")
 
 
 def test_the_embedded_task_has_the_same_figures_in_lm_evaluation_harness(trained, endings, tmp_path, monkeypatch):
@@ -297,6 +316,8 @@ MISTAKES = {
     "dataset nowhere is not there": ["out", "--data=nowhere"],
     "holds token ids: name its dataset, --data=d": ["out", "--data=d/val.bin"],
     "empty.txt has 0 tokens": ["out", "--data=empty.txt"],
+    "empty.txt is no model: expected an out_dir": ["empty.txt"],
+    "records.jsonl: expected a plain text, or a dataset": ["out", "--data=records.jsonl"],
     "its encoding is neither UTF-8": ["out", "--data=bytes.txt"],
     "save it as UTF-8, or name its --encoding": ["out", "--data=gbk.txt", "--encoding=utf-8"],
     "--encoding=klingon: no such text encoding": ["out", "--data=gbk.txt", "--encoding=klingon"],
@@ -323,6 +344,7 @@ def mistaken(trained, tmp_path_factory) -> Path:
         shutil.copytree(trained / name, folder / name)
     exported(folder / "out", folder / "hf")
     (folder / "empty.txt").write_text("", encoding="utf-8")
+    (folder / "records.jsonl").write_text('{"text": "大"}\n', encoding="utf-8")
     (folder / "gbk.txt").write_bytes("小白兔说，我们去看月亮。".encode("gbk") * 9)
     (folder / "bytes.txt").write_bytes(bytes(range(128, 256)) * 9)
     (folder / "t.jsonl").write_text('{"context": "小", "continuation": "大"}', encoding="utf-8")

@@ -107,6 +107,12 @@ def test_micro_steps_given_later_keep_the_papers_batch_away():
     assert applied("--model_size=gpt3-350m", "--batch_tokens=4096").batch_tokens == 4096
 
 
+def test_the_rate_falls_to_a_tenth_of_what_it_is():
+    assert applied("--model_size=gpt3-350m", "--learning_rate=1e-5").min_lr == pytest.approx(1e-6)
+    assert applied("--model_size=gpt3-350m", "--learning_rate=1e-5", "--min_lr=0").min_lr == 0
+    assert applied("--learning_rate=1e-5", "--model_size=gpt3-350m").min_lr == pytest.approx(3e-5)
+
+
 def test_a_script_without_a_key_does_not_get_it():
     c = applied("--model_size=gpt3-350m", without=("learning_rate", "batch_tokens"))
     assert not hasattr(c, "learning_rate") and not hasattr(c, "batch_tokens") and c.n_layer == 24

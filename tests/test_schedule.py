@@ -21,7 +21,7 @@ def settled(*argv):
     c = settings(*argv)
     apply_size(c)
     overrule(c)
-    settle(c, 1000, False)
+    settle(c, 1000)
     return c
 
 
@@ -153,6 +153,56 @@ def test_a_run_of_so_many_tokens_ends_there_and_goes_on_with_more(stories, tmp_p
     rates = [line["lr"] for line in log_of(tmp_path / "out")]
     assert len(rates) == 10 and rates[:2] == pytest.approx([1e-2 * 64 / 192, 1e-2 * 128 / 192])
     assert rates[2] == 1e-2 and rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_a_run_of_fewer_tokens_than_an_iteration_has_is_one_iteration():
+    for tokens in (1, 15, 16, 1279, 2559):
+        assert settled(f"--max_tokens={tokens}", "--block_size=16", "--batch_size=2").max_iters == 1
+    assert settled("--max_tokens=2560", "--block_size=16", "--batch_size=2").max_iters == 2
+
+
+@pytest.mark.parametrize("length", ["max_tokens=10240", "epochs=1"])
+def test_what_a_run_is_to_read_stays_when_it_is_resumed_with_another_batch(
+    stories, tmp_path, monkeypatch, capsys, length
+):
+    """What is left is counted from where the run is, and so is the time that it takes."""
+    monkeypatch.chdir(tmp_path)
+    size = ["--block_size=32", "--batch_size=4", "--log_interval=1", "--eval_interval=0"]
+    train_here(f"--dataset={stories}", *size, "--gradient_accumulation_steps=4", "--max_tokens=5120")
+    assert log_of(tmp_path / "out", "end")[-1]["tokens"] == 5120
+    train.main(settings(*RESUME))
+    assert "a larger --max_tokens goes on" in capsys.readouterr().out
+    train.main(settings(*RESUME, f"--{length}", "--gradient_accumulation_steps=8"))
+    out, wanted = capsys.readouterr().out, 10240
+    if length.startswith("epochs"):
+        wanted = blocks_of(stories) * 32
+    read = log_of(tmp_path / "out", "end")[-1]["tokens"]
+    assert wanted - 8 * 4 * 32 < read <= wanted and "eta -" not in out
+
+
+def blocks_of(folder):
+    """Sequences of 32 in an epoch of a dataset."""
+    tokens = (folder / "train.bin").stat().st_size // 2
+    return max(1, (tokens - 32) // 32)
+
+
+def test_warm_up_is_by_iterations_where_no_tokens_are_said():
+    size = ["--batch_size=2", "--block_size=16", "--gradient_accumulation_steps=4", "--lr_decay_tokens=100000"]
+    c, step = settled(*size, "--warmup_iters=5"), 2 * 16 * 4
+    assert [learning_rate_at(0, 8 * n, c) / c.learning_rate for n in range(5)] == pytest.approx(
+        [1 / 6, 1 / 3, 0.5, 2 / 3, 5 / 6]
+    )
+    assert learning_rate_at(0, 40, c) == c.learning_rate
+    assert settled(*size, "--warmup_tokens=9000", "--warmup_iters=5").warmup_tokens == 0
+    by_tokens = settled(*size, "--warmup_iters=5", f"--warmup_tokens={7 * step}")
+    assert learning_rate_at(0, 40, by_tokens) == pytest.approx(c.learning_rate * 6 / 8)
+
+
+def test_a_batch_that_cannot_grow_is_not_said_to(stories, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_here(f"--dataset={stories}", "--batch_ramp_tokens=1000", "--gradient_accumulation_steps=2", "--max_iters=1")
+    out = capsys.readouterr().out
+    assert "it does not grow: batch_ramp_start=32,768" in out and "grows to that" not in out
 
 
 @pytest.mark.parametrize(

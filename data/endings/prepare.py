@@ -1,10 +1,11 @@
-"""A Chinese multiple-choice task out of the embedded stories: which of four sentences ends this story?
+"""A Chinese multiple-choice task out of the embedded stories: which of four sentences ends the story that goes so?
 
     $ python data/endings/prepare.py                             # train.jsonl and val.jsonl
     $ python eval.py out-chinese --task=data/endings/val.jsonl --delimiter=
 
-A row has `query`, a title and its story without the last sentence, `choices`, its own last sentence and those of three
-other stories, and `gold`, the place of its own. val.jsonl has the stories that data/chinese/prepare.py keeps for
+A row has `query`, the sentences before a story's last one, as many as 60 characters hold, `choices`, its own last one
+and those of three other stories, and `gold`, the place of its own. So a context of 128 holds a question, one of 256
+another one before it. val.jsonl has the stories that data/chinese/prepare.py keeps for
 validation, which a model of them has not seen, and the wrong endings are of the same split.
 """
 
@@ -24,6 +25,7 @@ import re
 from corpus import DEFAULTS, Document, open_source
 from model import derive_seed
 
+ROOM = 60  # characters of a query
 SENTENCE = re.compile(r"[^。！？…]+[。！？…]*”?")
 
 
@@ -37,6 +39,14 @@ def last_sentence(story: str) -> str:
     return found
 
 
+def before_it(text: str) -> str:
+    """The last sentences of what stands before an ending, no more than there is room for; at least one."""
+    parts = re.findall(rf"(?:{SENTENCE.pattern})\n?", text)
+    while len(parts) > 1 and sum(map(len, parts)) > ROOM:
+        del parts[0]
+    return "".join(parts)
+
+
 def questions(stories: dict[int, str]) -> list[dict]:
     """Those of one split, whose stories come by their hashes, on which alone it depends which wrong endings a question
     has, and where the right one is."""
@@ -46,7 +56,7 @@ def questions(stories: dict[int, str]) -> list[dict]:
         choices = list(dict.fromkeys(endings[other] for other in others if endings[other] != own))[:3]
         gold = derive_seed("gold", number) % 4
         choices.insert(gold, own)
-        made.append({"query": stories[number].removesuffix(own), "choices": choices, "gold": gold})
+        made.append({"query": before_it(stories[number].removesuffix(own)), "choices": choices, "gold": gold})
     return made
 
 
