@@ -35,7 +35,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent / "data")]
 from configurator import Config, UserError, configure, note, run, user_errors
 
 models = []  # out_dirs, .pt files, Hugging Face folders, 'gpt2*'; also words without a key; default: out_dir
-out_dir = "out"  # where no model is named: ckpt.pt is taken from here
+init_from = "resume"  # where none is named, the one, as in sample.py: 'resume' for out_dir, or any of these
+out_dir = "out"  # ckpt.pt is taken from here then
 # What it is measured on
 data = []  # text files, datasets (several: --data=A --data=B); without a task, default: what it was trained with
 split = "val"  # of datasets, or 'train'
@@ -171,8 +172,8 @@ def trained_with(source: str) -> str:
 
 def evaluated(c: Config, source: str, tasks: list[tuple[Task, Shots | None]]) -> list[Figures]:
     """The figures of one model: a row for each text, then for each task."""
-    named = source or c.out_dir
-    own = Config(**vars(c) | {"init_from": source or "resume"})
+    named = source or (c.out_dir if c.init_from == "resume" else c.init_from)
+    own = Config(**vars(c) | {"init_from": source or c.init_from})
     model, tokenizer, _ = checkpoint.open_model(own)
     settings = {"block_size": model.config.block_size, "batch_size": c.batch_size, "device": own.device}
     settings |= {"dtype": own.dtype, "quantize": c.quantize}
@@ -244,7 +245,7 @@ def check(c: Config) -> None:
                 f"--data={name}: expected a plain text, or a dataset, which data/chinese/prepare.py makes of it, "
                 f"with --tokenizer={(c.models or [c.out_dir])[0]}"
             )
-    for source in c.models:
+    for source in c.models or [c.init_from] * (c.init_from != "resume"):
         path, expected = Path(source), "expected an out_dir, a .pt file, a Hugging Face folder, or gpt2"
         if not path.exists() and not source.startswith("gpt2"):
             raise UserError(f"no model {source}: {expected}{'; a key begins with two dashes' * ('=' in source)}")

@@ -166,6 +166,17 @@ def test_what_is_measured_is_shown_before_a_later_model_fails(tmp_path, capsys, 
     assert shown == [str(good)]
 
 
+def test_a_model_is_named_as_for_sample_py_too(tmp_path, capsys):
+    folder = uniform(tmp_path / "out")
+    (tmp_path / "text.txt").write_text("ab" * 30, encoding="utf-8")
+    asked = {"device": "cpu", "json": True, "data": [str(tmp_path / "text.txt")]}
+    shown = []
+    for how in ({"models": [str(folder)]}, {"init_from": str(folder)}, {"out_dir": str(folder)}):
+        evaluation.main(Config(**(DEFAULTS | asked | how)))
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2] and str(folder) in shown[0]
+
+
 def test_an_infinite_perplexity_is_null_in_json(tmp_path, capsys):
     folder = uniform(tmp_path / "out")
     state = checkpoint.load(folder / "ckpt.pt")
@@ -306,6 +317,7 @@ def test_the_embedded_task_has_the_same_figures_in_lm_evaluation_harness(trained
 MISTAKES = {
     "no model nowhere: expected an out_dir": ["nowhere"],
     "no checkpoint in out": ["--out_dir=out-nothing"],
+    "no model out-nothing: expected an out_dir": ["--init_from=out-nothing"],
     "nowhere.pt": ["nowhere.pt"],
     "no model --out: expected": ["--models=--out"],
     "a key begins with two dashes": ["stride=3"],
