@@ -170,17 +170,18 @@ def trained_with(source: str) -> str:
     return dataset
 
 
-def evaluated(c: Config, source: str, tasks: list[tuple[Task, Shots | None]]) -> list[Figures]:
-    """The figures of one model: a row for each text, then for each task."""
+def evaluated(c: Config, source: str, tasks: list[tuple[Task, Shots | None]]) -> Iterator[Figures]:
+    """The figures of one model, as they come: a row for each text, then for each task."""
     named = source or (c.out_dir if c.init_from == "resume" else c.init_from)
     own = Config(**vars(c) | {"init_from": source or c.init_from})
     model, tokenizer, _ = checkpoint.open_model(own)
     settings = {"block_size": model.config.block_size, "batch_size": c.batch_size, "device": own.device}
     settings |= {"dtype": own.dtype, "quantize": c.quantize}
     with autocast(own.device, own.dtype):
-        rows = [of_text(c, named, *text, model, tokenizer) for text in texts_of(c, named, model, tokenizer)]
-        rows += [of_task(c, named, *task, model, tokenizer) for task in tasks]
-    return [{"model": named} | row | settings for row in rows]
+        for text in texts_of(c, named, model, tokenizer):
+            yield {"model": named} | of_text(c, named, *text, model, tokenizer) | settings
+        for task in tasks:
+            yield {"model": named} | of_task(c, named, *task, model, tokenizer) | settings
 
 
 def of_text(c: Config, named: str, name: str, data: np.ndarray | Examples, model: GPT, tokenizer: Tokenizer) -> Figures:
@@ -297,8 +298,8 @@ def main(c: Config) -> None:
     try:
         for source in c.models or [""]:
             with user_errors(UserError, about=source if len(c.models) > 1 else ""):
-                rows += evaluated(c, source, tasks)
-    finally:  # also before a mistake in a later model is told, or after Ctrl-C
+                rows.extend(evaluated(c, source, tasks))
+    finally:  # also before a later mistake is told, or after Ctrl-C
         if c.json and rows:
             print(as_json(rows))
         elif rows:

@@ -22,10 +22,6 @@ class Size:
     batch_tokens: int  # tokens in an iteration
     learning_rate: float  # the highest; 0 where it was not published
 
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
-
 
 SIZES = {
     "gpt2": Size(12, 768, 12, 1024, 524_288, 0.0),

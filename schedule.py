@@ -97,10 +97,10 @@ def learning_rate_at(iter_num: int, sequences_seen: int, c: Config) -> float:
 
 def sequences_in(iterations: int, c: Config, sequences_seen: int = 0) -> int:
     """How many sequences so many iterations take, those that come after so many sequences."""
-    n = taken = 0
-    for n, one in enumerate(islice(_growing(c, sequences_seen), iterations), 1):  # noqa: B007
-        taken += one
-    return taken + (iterations - n) * c.gradient_accumulation_steps * c.batch_size
+    taken, left = 0, iterations
+    for one in islice(_growing(c, sequences_seen), iterations):
+        taken, left = taken + one, left - 1
+    return taken + left * c.gradient_accumulation_steps * c.batch_size
 
 
 def iterations_in(sequences: int, c: Config, sequences_seen: int = 0) -> int:

@@ -164,6 +164,11 @@ def test_what_is_measured_is_shown_before_a_later_model_fails(tmp_path, capsys, 
     out = capsys.readouterr().out
     shown = [row["model"] for row in json.loads(out)] if json_asked else [out.split("\n")[1].split()[0]]
     assert shown == [str(good)]
+    row = {"context": "ab", "continuation": "ab" * 30}
+    (tmp_path / "task.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(UserError, match="task.jsonl, line 1: an answer has"):
+        evaluation.main(Config(**(DEFAULTS | asked | {"models": [str(good)], "task": [str(tmp_path / "task.jsonl")]})))
+    assert str(good) in capsys.readouterr().out
 
 
 def test_a_model_is_named_as_for_sample_py_too(tmp_path, capsys):
