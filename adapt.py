@@ -274,10 +274,15 @@ def memory(model: GPT, optim: str, whole: bool = False) -> dict[str, int]:
     params = [(p, name.rpartition(".")[2] in ADDED) for name, p in model.named_parameters()]
     trained = [p for p, added in params if (not added if whole else p.requires_grad)]
     return {
-        "weights": sum(p.nbytes for p, added in params if not (added and whole)),
-        "gradients": sum(p.nbytes for p in trained),
-        "optimizer": sum(p.nbytes * (1 if p in muons else 2) for p in trained),
+        "weights": sum(_here(p) for p, added in params if not (added and whole)),
+        "gradients": sum(_here(p) for p in trained),
+        "optimizer": sum(_here(p) * (1 if p in muons else 2) for p in trained),
     }
+
+
+def _here(p: torch.Tensor) -> int:
+    """A parameter's bytes in this process; of one that is shared out, those of its rows."""
+    return (p.to_local() if hasattr(p, "full_tensor") else p).nbytes
 
 
 def summary(model: GPT, optim: str) -> str:

@@ -4,6 +4,7 @@
     last.pt        the newest complete state: the same, and what resuming needs besides
     last.prev.pt   the one before
     ckpt-1000.pt   a complete state, numbered by its iteration, where some are to be kept
+    last-1000/     a complete state of a sharded run, see folders.py
 
 Of a run with LoRA or adapters these hold what was added alone, and `adapter` and `base`: what it is, and the name and
 hash of the model that it is on, which is opened with it.
@@ -25,8 +26,10 @@ from typing import Any
 import torch
 
 import adapt
+import folders
 from configurator import Config, UserError, note, user_errors
 from device import choose_device, choose_dtype
+from fsdp import like
 from loader import dataset_folder
 from model import GPT, GPTConfig
 from quantize import check_quantize, quantize
@@ -58,7 +61,7 @@ def save(path: Path, state: dict[str, Any], keep_as: Path | None = None) -> None
         if keep_as and path.is_file():
             keep(path, keep_as)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        folders.sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -69,7 +72,8 @@ def save(path: Path, state: dict[str, Any], keep_as: Path | None = None) -> None
 
 def states(folder: Path) -> list[Path]:
     """The folder's complete states, by name."""
-    return [path for path in (*(folder / name for name in STATES), *numbered(folder)) if path.is_file()]
+    files = [path for path in (*(folder / name for name in STATES), *numbered(folder)) if path.is_file()]
+    return files + folders.newest_first(folder)
 
 
 def keep(path: Path, copy: Path) -> None:
@@ -89,19 +93,17 @@ def keep(path: Path, copy: Path) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows cannot open a folder, and its renames need no such help
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """A verified checkpoint, ours or nanoGPT's, on the CPU, its keys without compile's and DDP's prefixes.
+def load(path: str | Path, tensors: bool = True) -> dict[str, Any]:
+    """A verified checkpoint, ours or nanoGPT's, on the CPU, its keys without compile's and DDP's prefixes. Without
+    `tensors`, a folder's are left for sharded.read_shares.
 
     UserError where the file is missing, damaged, holds more than tensors and plain values, or is no checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        folders.verify(path)
+        state = folders.read_state(path)
+        return state | read_tensors(path, state) if tensors else state
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     verify(path)
@@ -123,6 +125,13 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """As sharded.read_tensors, whose import takes half a second."""
+    import sharded
+
+    return sharded.read_tensors(folder, state)
+
+
 def verify(path: Path) -> None:
     """UserError where a checksum in the file is not that of what it holds."""
     try:
@@ -141,38 +150,41 @@ def _plain(key: str) -> str:
     return key
 
 
-def newest(out_dir: str) -> tuple[Path, dict[str, Any]]:
+def newest(out_dir: str, tensors: bool = True) -> tuple[Path, dict[str, Any]]:
     """The state from which a run resumes: the highest iter_num among the complete ones that are whole, else ckpt.pt, so
-    that nanoGPT's folders resume too. UserError where there is none."""
+    that nanoGPT's folders resume too; `tensors` as in `load`. UserError where there is none."""
     folder = Path(out_dir)
     complete = sorted(states(folder), key=updates_in, reverse=True)
     problems = []
     for path in (*complete, folder / "ckpt.pt"):
-        if not path.is_file():
+        if not path.exists():
             continue
         try:
-            state = load(path)
+            state = load(path, tensors)
         except UserError as error:
             problems.append(str(error))
             continue
         for problem in problems:
             note(f"warning: {problem}; going on from {path}")
         return path, state
-    why = f": {'; '.join(problems)}" if problems else " (looked for last.pt, last.prev.pt, numbered ones and ckpt.pt)"
+    looked_for = "last.pt, last.prev.pt, ckpt-1000.pt, last-1000/ and the like, and ckpt.pt"
+    why = f": {'; '.join(problems)}" if problems else f" (looked for {looked_for})"
     raise UserError(f"no checkpoint to resume in {out_dir}{why}")
 
 
 def updates_in(path: Path) -> float:
     """A checkpoint's iter_num; infinite where it cannot be read, so that load() tells why."""
     try:
-        return int(peek(path)["iter_num"])
+        return folders.updates(path) if path.is_dir() else int(peek(path)["iter_num"])
     except Exception:  # a damaged file can raise nearly anything here
         return math.inf
 
 
 def peek(path: Path) -> dict[str, Any]:
-    """A checkpoint that is not verified, its tensors mapped from the file instead of read. UserError where it has no
-    plain values at all."""
+    """A checkpoint that is not verified, its tensors mapped from the file instead of read, or of a folder left out.
+    UserError where it has no plain values at all."""
+    if path.is_dir():
+        return folders.read_state(path)
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # a damaged file can raise nearly anything
@@ -181,32 +193,42 @@ def peek(path: Path) -> dict[str, Any]:
 
 
 def best(source: str) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint to use for its weights: a .pt file, or an out_dir's ckpt.pt, else its last.pt."""
+    """The checkpoint to use for its weights: a .pt file, or an out_dir's ckpt.pt, else its last state; or a sharded
+    run's checkpoint folder."""
     path = best_path(source)
     return path, load(path)
 
 
 def best_path(source: str) -> Path:
-    """The file of `best`. UserError where an out_dir has none."""
+    """The file or folder of `best`. UserError where an out_dir has none."""
     path = Path(source)
-    if path.suffix != ".pt":
-        path = next((path / name for name in ("ckpt.pt", "last.pt") if (path / name).is_file()), path / "ckpt.pt")
-        if not path.is_file():
-            raise UserError(f"no checkpoint in {source} (looked for ckpt.pt and last.pt): train first, with --out_dir")
-    return path
+    if path.suffix == ".pt" or folders.is_folder(path):
+        return path
+    found = [path / name for name in ("ckpt.pt", "last.pt") if (path / name).is_file()] + folders.newest_first(path)
+    if not found:
+        raise UserError(f"no checkpoint in {source} (looked for ckpt.pt and last.pt): train first, with --out_dir")
+    return found[0]
 
 
 def is_checkpoint(source: str) -> bool:
-    """Whether it is a .pt file or an out_dir, and not a Hugging Face folder or the name of one."""
-    return Path(source).is_file() or any((Path(source) / name).is_file() for name in ("ckpt.pt", "last.pt"))
+    """Whether it is a .pt file, an out_dir or a sharded run's checkpoint folder, and not a Hugging Face folder or the
+    name of one."""
+    path = Path(source)
+    if path.is_file() or folders.is_folder(path):
+        return True
+    return any((path / name).is_file() for name in ("ckpt.pt", "last.pt")) or bool(folders.newest_first(path))
 
 
 def model_of(state: dict[str, Any], where: str | Path, dropout: float = 0.0, merged: bool = True) -> GPT:
-    """The model that a checkpoint holds, on the CPU. An adapter is put on its base: LoRA `merged` into it, as a GPT
-    like others, or to be trained on. UserError where the base is not to be had, or is another model by now."""
+    """The model that a checkpoint holds, on the CPU, or where `load` left its tensors out, on the meta device. An
+    adapter is put on its base: LoRA `merged` into it, as a GPT like others, or to be trained on. UserError where the
+    base is not to be had, or is another model by now."""
     if "adapter" in state:
         return _on_its_base(state, where, dropout, merged)
     try:
+        if "model" not in state:  # its weights are read where they are needed, each process its own
+            with torch.device("meta"):
+                return GPT(GPTConfig(**(state["model_args"] | {"dropout": dropout})))
         model = GPT(GPTConfig(**(state["model_args"] | {"dropout": dropout})))
         model.load_state_dict(state["model"])
     except (TypeError, ValueError, RuntimeError) as error:
@@ -390,8 +412,11 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, model: GPT, state: dict[st
         loaded = dict(state["optimizer"]["state"])
     if loaded and len(loaded) != len(params):
         raise UserError(f"{where}: its optimizer has {len(loaded)} parameters, this model {len(params)}")
-    cropped = {
-        i: {k: v[: params[i].shape[0]] if v.dim() == params[i].dim() else v for k, v in entry.items()}
-        for i, entry in loaded.items()
-    }
+
+    def fitted(v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        if v.dim() != p.dim():
+            return v
+        return like(v if v.shape == p.shape else v[: p.shape[0]], p)
+
+    cropped = {i: {k: fitted(v, params[i]) for k, v in entry.items()} for i, entry in loaded.items()}
     optimizer.load_state_dict({"state": cropped, "param_groups": own["param_groups"]})

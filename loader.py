@@ -371,10 +371,10 @@ def training_batches(
     each step.
 
     A step takes batch_size * micro_steps(n) sequences over all processes, where n come before it; of its micro-steps,
-    process r takes r, r + world_size, ..., or where that is none, one that counts nothing: its share is infinite. The
-    micro-step's mean loss, divided by `share` and added up over its process's, is the mean over all tokens of the step
-    that are to be learnt, once it is averaged over the processes. The next batch is read, and copied to the GPU on a
-    stream of its own, while the caller works on this one.
+    process r takes r, r + world_size, ..., and where another one takes more, besides one that counts nothing: its share
+    is infinite. The micro-step's mean loss, divided by `share` and added up over its process's, is the mean over all
+    tokens of the step that are to be learnt, once it is averaged over the processes. The next batch is read, and copied
+    to the GPU on a stream of its own, while the caller works on this one.
     """
     side = torch.cuda.Stream(device) if device.startswith("cuda") else None
 
@@ -394,7 +394,7 @@ def training_batches(
         begin = first
         while True:
             steps = micro_steps(begin)
-            for micro_step in range(rank, max(steps, rank + 1), world_size):
+            for micro_step in range(rank, rank + -(-steps // world_size) * world_size, world_size):
                 yield begin, steps, micro_step
             begin += steps * batch_size
 

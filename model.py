@@ -296,7 +296,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """GPT-2's initialisation.
+        """GPT-2's initialisation, see `initial`. Parameters on the meta device, which has shapes and no values, stay as
+        they are."""
+        for name, p in self.named_parameters():  # a tied lm_head goes by its other name, wte
+            if not p.is_meta:
+                p.copy_(self.initial(name, p.shape, seed))
+
+    def initial(self, name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+        """A parameter's initial values, on the CPU: a function of the seed and its name.
 
         | parameter                        | values                            | with zero_init |
         | matrices, embeddings             | normal, 0.02                      | the same       |
@@ -305,22 +312,16 @@ class GPT(nn.Module):
         | wte, where it is not tied        | normal, 0.02                      | normal, 0.5    |
         | LayerNorm gains                  | 1                                 | 1              |
         | biases, smear                    | 0                                 | 0              |
-
-        Parameters on the meta device, which has shapes and no values, stay as they are.
         """
         zero = ("smear_1.weight", "smear_2.weight", "bias")
         zero += ("c_proj.weight", "lm_head.weight") if self.config.zero_init else ()
-        for name, p in self.named_parameters():  # a tied lm_head goes by its other name, wte
-            if p.is_meta:
-                continue
-            if p.dim() < 2 or name.endswith(zero):
-                p.fill_(0.0 if name.endswith(zero) else 1.0)
-                continue
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
-            if name == "transformer.wte.weight" and self.config.zero_init and not self.config.tied:
-                std = 0.5  # all that the residual stream holds at first
-            generator = torch.Generator("cpu").manual_seed(derive_seed(seed, name))
-            p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, std, generator=generator))
+        if len(shape) < 2 or name.endswith(zero):
+            return torch.full(shape, 0.0 if name.endswith(zero) else 1.0, device="cpu")
+        std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+        if name == "transformer.wte.weight" and self.config.zero_init and not self.config.tied:
+            std = 0.5  # all that the residual stream holds at first
+        generator = torch.Generator("cpu").manual_seed(derive_seed(seed, name))
+        return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
 
     def hidden(self, idx: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """What lm_head reads, [batch, time, n_embd], for ids `idx` [batch, time], with `positions` as in forward().

@@ -3,6 +3,8 @@
 Notable choices:
 - Query, key and value are matrices of their own, although they lie in one tensor.
 - Matrices of one shape are orthogonalised together, in batched products; of several processes each takes its share.
+- Where FSDP has shared the matrices out, row by row, momenta are shared out like them, and a matrix is put together in
+  one of the processes for as long as it is orthogonalised.
 - On a CPU the iteration runs in float32 and on the small side: with A = X X', X goes through an odd polynomial as
   q(A) X, so all steps but the last need nothing but A, whose polynomials commute. On a GPU it runs in bfloat16, and so
   do products on a CPU with AMX: they have too few digits for that, so it runs on X itself.
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fsdp import heights, is_shared_out, own_part
 from model import GPT
 from ops import rounds_products
 
@@ -53,7 +56,8 @@ class Muon(torch.optim.Optimizer):
     parameters, one below the other. A matrix [rows, cols] moves by lr * max(1, rows / cols)^0.5 times an orthogonal
     one, as with torch.optim.Muon's adjust_lr_fn='original'.
 
-    Every process keeps all the momenta and orthogonalises a share of the matrices, which all of them then gather.
+    Every process keeps all the momenta and orthogonalises a share of the matrices, which all of them then gather. Of
+    FSDP's parameters it keeps its part of each momentum.
     """
 
     def __init__(
@@ -70,18 +74,42 @@ class Muon(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+            of_each = (params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params])
+            own, grads, buffers = ([own_part(t) for t in tensors] for tensors in of_each)
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
             by_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-            for p, update in zip(params, updates, strict=True):
-                for pair in zip(p.chunk(group["parts"]), update.chunk(group["parts"]), strict=True):
-                    by_shape.setdefault(pair[0].shape, []).append(pair)
-            for (rows, cols), pairs in by_shape.items():
-                found = self._shared_out(torch.stack([update for _, update in pairs]))
-                targets, rate = [target for target, _ in pairs], group["lr"] * max(1.0, rows / cols) ** 0.5
-                torch._foreach_add_(targets, list(found.unbind()), alpha=-rate)
+            in_rows = bool(params) and is_shared_out(params[0])
+            for p, part, update in zip(params, own, updates, strict=True):
+                parts = 1 if in_rows else group["parts"]  # rows that are not all here cannot be cut into matrices
+                for pair in zip(part.chunk(parts), update.chunk(parts), strict=True):
+                    by_shape.setdefault(p.shape if in_rows else pair[0].shape, []).append(pair)
+            for shape, pairs in by_shape.items():
+                targets, found, rows = [target for target, _ in pairs], [update for _, update in pairs], shape[0]
+                if in_rows:
+                    found, rows = self._put_together(found, shape, group["parts"]), rows // group["parts"]
+                else:
+                    found = list(self._shared_out(torch.stack(found)).unbind())
+                torch._foreach_add_(targets, found, alpha=-group["lr"] * max(1.0, rows / shape[1]) ** 0.5)
+
+    def _put_together(self, own: list[torch.Tensor], shape: torch.Size, parts: int) -> list[torch.Tensor]:
+        """Of matrices of this shape, each of `parts` below each other, this process's rows, orthogonalised: each matrix
+        goes to one of the processes as a whole, and back. As many at a time as there are processes."""
+        rows, found = heights(shape[0], self.world_size), []
+        for first in range(0, len(own), self.world_size):
+            together = own[first : first + self.world_size]
+            here = self.rank < len(together)
+            sent = [rows[self.rank]] * len(together) + [0] * (self.world_size - len(together))
+            got = rows if here else [0] * self.world_size
+            whole = own[0].new_empty(sum(got), shape[1])
+            dist.all_to_all_single(whole, torch.cat(together), got, sent)
+            if here:
+                whole = orthogonalized(whole.view(parts, -1, shape[1])).reshape(shape)
+            back = own[0].new_empty(sum(sent), shape[1])
+            dist.all_to_all_single(back, whole.contiguous(), sent, got)
+            found += back.view(len(together), rows[self.rank], shape[1]).unbind()
+        return found
 
     def _shared_out(self, x: torch.Tensor) -> torch.Tensor:
         """The matrices [n, rows, cols] orthogonalised, each by one of the processes."""

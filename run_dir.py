@@ -1,10 +1,10 @@
 """A run's folder while the run lasts: no other run writes to it; its log, and its checkpoints, which are written while
 training goes on.
 
-    ckpt.pt, last.pt, last.prev.pt, ckpt-1000.pt   as in checkpoint.py
+    ckpt.pt, last.pt, last.prev.pt, ckpt-1000.pt, last-1000/   as in checkpoint.py
     log.jsonl    a JSON object a line, one for each logged step, evaluation, epoch and sample
     previous/    what a run started from scratch found here (then previous-2/, and so on)
-    last.damaged.pt, last.diverged.pt   a last.pt that could not be resumed, set aside
+    last.damaged.pt, last.diverged.pt   a last.pt that could not be resumed, set aside; without .pt, a last-1000/
     .lock        held while a run writes here
 """
 
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from typing import Any
 import filelock
 import torch
 
+import folders
 from checkpoint import STATES, keep, numbered, peek, save, states, updates_in, verify
 from configurator import UserError, note, user_errors
 from device import is_memory_error
@@ -42,20 +44,27 @@ def open_out_dir(out_dir: str) -> Path:
 
 def claim_out_dir(folder: Path, resumed_from: Path | None, fresh: bool) -> None:
     """Makes an out_dir's files this run's own. A fresh run keeps what an earlier one left there in previous/."""
-    with user_errors(OSError, about=f"out_dir={folder} cannot be written to"):
+    with user_errors(OSError, about=f"out_dir={folder} cannot be made or written to"):
         for pattern in ("last*.pt.tmp", "ckpt*.pt.tmp", "log.jsonl.tmp"):  # of a save that was killed
             for litter in folder.glob(pattern):
                 litter.unlink()
-        if resumed_from and resumed_from.name != "last.pt" and (folder / "last.pt").is_file():
-            os.replace(folder / "last.pt", folder / "last.damaged.pt")  # so that it never replaces the good one before
-        old = numbered(folder)
+        for litter in folder.glob("last-*.tmp"):
+            shutil.rmtree(litter, ignore_errors=True)
+        done = updates_in(resumed_from) if resumed_from else math.inf
+        # what could not be resumed is never to replace the good one before, nor to be resumed in its place
+        for state in (folder / "last.pt", *folders.newest_first(folder)) if resumed_from else ():
+            if state.exists() and state != resumed_from and updates_in(state) >= done + state.is_dir():
+                set_aside(state, "damaged")
+        old, sharded = numbered(folder), folders.newest_first(folder)
         found = [path for path in (*(folder / n for n in (*STATES, "ckpt.pt", "log.jsonl")), *old) if path.is_file()]
-        if found and fresh:
+        if (found or sharded) and fresh:
             names = itertools.chain(["previous"], (f"previous-{n}" for n in itertools.count(2)))
             previous = next(folder / name for name in names if not (folder / name).exists())
             previous.mkdir()
             for path in found:
                 keep(path, previous / path.name)
+            for path in sharded:
+                os.rename(path, previous / path.name)
             # The old ckpt.pt and last.pt stay until this run has its own: out_dir is never without a checkpoint. Other
             # complete states must go, or they could be resumed instead of a younger last.pt of this run.
             for path in (folder / "last.prev.pt", folder / "log.jsonl", *old):
@@ -63,30 +72,20 @@ def claim_out_dir(folder: Path, resumed_from: Path | None, fresh: bool) -> None:
             note(f"note: {folder} holds an earlier run (init_from=resume continues it); it is kept in {previous}")
 
 
-class RunDir:
-    """A run's folder while the run lasts, for no other run to write to: its log, and its checkpoints, which are written
-    while training goes on, one save at a time, from a copy in CPU memory. Only the first process has one."""
+def set_aside(state: Path, why: str) -> Path:
+    """Renames a complete state to last.damaged.pt and the like; the new path."""
+    aside = state.with_name(f"last.{why}.pt" if state.is_file() else f"last.{why}")
+    if state.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    os.replace(state, aside)
+    return aside
 
-    def __init__(
-        self, out_dir: str, resumed_from: Path | None, start: int = 0, best_val_loss: float = math.inf,
-        fresh: bool = True, run_id: str = "", lock: filelock.BaseFileLock | None = None,
-    ):  # fmt: skip
-        """For a run from iteration `start` on, whose state and best loss came from the file `resumed_from`, if any.
 
-        `run_id` tells its files from another run's; `lock` is the folder's, where it has been taken before. UserError
-        where another run is writing, or the disk refuses.
-        """
-        self.folder = open_out_dir(out_dir)
-        self.lock = lock or take_lock(self.folder)
-        claim_out_dir(self.folder, resumed_from, fresh)
-        self.log = Log(self.folder, start)
-        self.own = {
-            name for name in ("ckpt.pt", "last.pt") if resumed_from and not _is_anothers(self.folder / name, run_id)
-        }
-        # the loss that ckpt.pt has, which can be ahead of the state that is resumed: only a lower one replaces it
-        self.best_val_loss = _best_val_loss(self.folder / "ckpt.pt", best_val_loss) if resumed_from else best_val_loss
-        if resumed_from and "ckpt.pt" not in self.own:
-            self.best_val_loss = math.inf
+class Background:
+    """Saves to a folder that are written while training goes on, one at a time, from a copy in CPU memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.writer, self.job = ThreadPoolExecutor(1, "checkpoint", _give_way), None
         self.copies: dict[tuple, torch.Tensor] = {}
         self.problem, self.warned_at, self.told_of_memory = "", 0.0, False
@@ -96,31 +95,7 @@ class RunDir:
         """Whether a save is under way."""
         return self.job is not None and not self.job.done()
 
-    def save(
-        self, state: dict[str, Any], more: dict[str, Any], val_loss: float | None = None, *, always: bool = False,
-        numbered_kept: int = 0, wait: bool = False,
-    ) -> bool:  # fmt: skip
-        """Writes last.pt, of `state` and what resuming needs `more`, after the save under way.
-
-        With a `val_loss` below that of ckpt.pt, or `always`, ckpt.pt is written too, of `state` alone; True says so.
-        `numbered_kept` makes last.pt a numbered checkpoint as well and keeps so many. Returns once everything is copied
-        to CPU memory, if there is room; with `wait`, once it is on the disk. A disk that refuses is a warning, with
-        `wait` a UserError.
-        """
-        self.report(wait=True)
-        best = val_loss is not None and (always or val_loss < self.best_val_loss)
-        whole = state | more
-        copied = not wait and self._copied(whole)
-        whole = copied or whole
-        ckpt = {k: whole[k] for k in state} | {"best_val_loss": min(val_loss, self.best_val_loss)} if best else None
-        self.job = self.writer.submit(self._write, whole, ckpt, numbered_kept)
-        if wait:
-            self.finish()
-        elif not copied:
-            self.report(wait=True)
-        return best
-
-    def _copied(self, whole: dict[str, Any]) -> dict[str, Any] | None:
+    def copied(self, whole: dict[str, Any]) -> dict[str, Any] | None:
         """A copy in CPU memory; None where there is no memory for one, and training has to wait for the disk."""
         if self.copies or bytes_in(whole) < memory_left():
             try:
@@ -133,35 +108,6 @@ class RunDir:
             note("note: there is no memory for a copy of what is saved; training waits for the disk at every save")
             self.told_of_memory = True
         return None
-
-    def _write(self, whole: dict[str, Any], ckpt: dict[str, Any] | None, numbered_kept: int) -> None:
-        self.log.sync()  # a state must not be ahead of the log: resuming writes no line that is before it
-        last, best = self.folder / "last.pt", self.folder / "ckpt.pt"
-
-        def save_best() -> None:
-            if ckpt:
-                save(best, ckpt)
-                self.best_val_loss = ckpt["best_val_loss"]
-                self.own.add("ckpt.pt")
-
-        def save_last() -> None:
-            save(last, whole, self.folder / "last.prev.pt" if "last.pt" in self.own else None)
-            self.own.add("last.pt")
-
-        # ckpt.pt first, for a state that has counted an evaluation must not be ahead of its ckpt.pt; but last while
-        # last.pt is still an earlier run's, which would be resumed if this one ended between the two
-        in_order = (save_best, save_last) if "last.pt" in self.own or not last.is_file() else (save_last, save_best)
-        for each in in_order:
-            each()
-        with user_errors(OSError, about=f"{self.folder} cannot be written to"):
-            if "ckpt.pt" not in self.own:  # an earlier run's, kept in previous/, would speak in this one's name
-                best.unlink(missing_ok=True)
-            if numbered_kept:
-                new = self.folder / f"ckpt-{whole['iter_num']}.pt"
-                keep(last, new)
-                older = numbered(self.folder)
-                for path in older[older.index(new) + numbered_kept :]:
-                    path.unlink()
 
     def report(self, wait: bool = False) -> None:
         """Warns if the save before was refused by the disk; whatever else went wrong in it is raised here."""
@@ -186,6 +132,119 @@ class RunDir:
         elif self.problem:
             raise UserError(self.problem)
 
+
+class RunDir(Background):
+    """A run's folder while the run lasts, for no other run to write to: its log, and its checkpoints. Only the first
+    process has one."""
+
+    def __init__(
+        self, out_dir: str, resumed_from: Path | None, start: int = 0, best_val_loss: float = math.inf,
+        fresh: bool = True, run_id: str = "", lock: filelock.BaseFileLock | None = None,
+    ):  # fmt: skip
+        """For a run from iteration `start` on, whose state and best loss came from the file `resumed_from`, if any.
+
+        `run_id` tells its files from another run's; `lock` is the folder's, where it has been taken before. UserError
+        where another run is writing, or the disk refuses.
+        """
+        super().__init__(open_out_dir(out_dir))
+        self.lock = lock or take_lock(self.folder)
+        claim_out_dir(self.folder, resumed_from, fresh)
+        self.log = Log(self.folder, start)
+        self.own = {
+            name for name in ("ckpt.pt", "last.pt") if resumed_from and not _is_anothers(self.folder / name, run_id)
+        }
+        # the loss that ckpt.pt has, which can be ahead of the state that is resumed: only a lower one replaces it
+        self.best_val_loss = _best_val_loss(self.folder / "ckpt.pt", best_val_loss) if resumed_from else best_val_loss
+        if resumed_from and "ckpt.pt" not in self.own:
+            self.best_val_loss = math.inf
+        self.numbered_kept, self.numbered_interval = 0, 0  # which of the folders stay besides the newest two
+
+    def save(
+        self, state: dict[str, Any], more: dict[str, Any], val_loss: float | None = None, *, always: bool = False,
+        numbered_kept: int = 0, wait: bool = False,
+    ) -> bool:  # fmt: skip
+        """Writes last.pt, of `state` and what resuming needs `more`, after the save under way.
+
+        With a `val_loss` below that of ckpt.pt, or `always`, ckpt.pt is written too, of `state` alone; True says so.
+        `numbered_kept` makes last.pt a numbered checkpoint as well and keeps so many. Returns once everything is copied
+        to CPU memory, if there is room; with `wait`, once it is on the disk. A disk that refuses is a warning, with
+        `wait` a UserError.
+        """
+        self.report(wait=True)
+        best = self.is_best(val_loss, always)
+        whole = state | more
+        copied = not wait and self.copied(whole)
+        whole = copied or whole
+        ckpt = {k: whole[k] for k in state} | {"best_val_loss": min(val_loss, self.best_val_loss)} if best else None
+        self.job = self.writer.submit(self._write, whole, ckpt, numbered_kept)
+        if wait:
+            self.finish()
+        elif not copied:
+            self.report(wait=True)
+        return best
+
+    def is_best(self, val_loss: float | None, always: bool) -> bool:
+        """Whether ckpt.pt is to be written after an evaluation that found `val_loss`."""
+        return val_loss is not None and (always or val_loss < self.best_val_loss)
+
+    def _write(self, whole: dict[str, Any], ckpt: dict[str, Any] | None, numbered_kept: int) -> None:
+        self.log.sync()  # a state must not be ahead of the log: resuming writes no line that is before it
+        last, two = self.folder / "last.pt", "last.pt" in self.own
+
+        def save_last() -> None:
+            save(last, whole, self.folder / "last.prev.pt" if two else None)
+            self.own.add("last.pt")
+
+        # ckpt.pt first, for a state that has counted an evaluation must not be ahead of its ckpt.pt; but last while
+        # last.pt is still an earlier run's, which would be resumed if this one ended between the two
+        if two or not last.is_file():
+            self.save_best(ckpt), save_last()
+        else:
+            save_last(), self.save_best(ckpt)
+        with user_errors(OSError, about=f"{self.folder} cannot be written to"):
+            self.leave_earlier_ckpt()
+            if two:  # whole states of this run, after which those of its sharded part are not needed
+                self.remove_folders(0)
+            if numbered_kept:
+                new = self.folder / f"ckpt-{whole['iter_num']}.pt"
+                keep(last, new)
+                older = numbered(self.folder)
+                for path in older[older.index(new) + numbered_kept :]:
+                    path.unlink()
+
+    def save_best(self, ckpt: dict[str, Any] | None) -> None:
+        """Writes ckpt.pt, if there is anything to write."""
+        if ckpt:
+            save(self.folder / "ckpt.pt", ckpt)
+            self.best_val_loss = ckpt["best_val_loss"]
+            self.own.add("ckpt.pt")
+
+    def leave_earlier_ckpt(self) -> None:
+        """Takes away an earlier run's ckpt.pt, kept in previous/, which would speak in this one's name."""
+        if "ckpt.pt" not in self.own:
+            (self.folder / "ckpt.pt").unlink(missing_ok=True)
+
+    def take_folder(self, temporary: Path, name: str) -> None:
+        """Gives a checkpoint folder that is whole its name, and takes away states that are no longer needed."""
+        if "last.pt" not in self.own:  # an earlier run's, which might be resumed instead
+            for state in STATES:
+                (self.folder / state).unlink(missing_ok=True)
+        folders.take_name(temporary, self.folder / name)
+        self.leave_earlier_ckpt()
+        self.remove_folders(2)
+        newest = folders.newest_first(self.folder)
+        for state in STATES if len(newest) > 1 else ():
+            if (path := self.folder / state).is_file() and updates_in(path) < folders.updates(newest[1]):
+                path.unlink()
+
+    def remove_folders(self, kept: int) -> None:
+        """Removes checkpoint folders but the `kept` newest, and those that stay as numbered ones."""
+        every, found = self.numbered_interval, folders.newest_first(self.folder)
+        stay = [folder for folder in found if every and folders.updates(folder) % every == 0][: self.numbered_kept]
+        for folder in found[kept:]:
+            if folder not in stay:
+                folders.remove(folder)
+
     def let_go(self) -> None:
         """Lets other runs in, once the save under way is done."""
         self.writer.shutdown()
@@ -205,10 +264,9 @@ class RunDir:
         self.report(wait=True)
         bad = [path for path in states(self.folder) if updates_in(path) == iteration]
         if bad and len(bad) < len(states(self.folder)):
-            aside = self.folder / "last.diverged.pt"
             try:
                 for path in bad:
-                    os.replace(path, aside)
+                    aside = set_aside(path, "diverged")
                 note(f"note: the state of iteration {iteration} is set aside as {aside}")
             except OSError as error:
                 note(f"warning: {bad[0]}, from which training diverges, could not be set aside: {error}")

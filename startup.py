@@ -2,19 +2,22 @@
 
 import uuid
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 import checkpoint
-from adapt import Adaptation, attach, grow_vocabulary, summary, train_only
+import folders
+import fsdp
+from adapt import Adaptation, attach, grow_vocabulary, memory, summary, train_only
 from chat import ChatTokenizer
 from configurator import Config, UserError, coerce, note, user_errors
-from device import choose_device, choose_dtype, choose_matmul
+from device import DTYPES, choose_device, choose_dtype, choose_matmul
 from generate import prompt_ids
 from loader import Mixture, Part, check_vocabulary, fingerprint, open_mixture, parts_of
 from model import GPT, GPTConfig, derive_seed
@@ -26,6 +29,9 @@ from progress import Progress, Reporter, what_is_done
 from run_dir import RunDir, open_out_dir, take_lock
 from schedule import check_schedule, micro_steps_at, overrule, sequences_in, settle
 from tokenizer import Tokenizer, load_tokenizer, read_meta
+
+if TYPE_CHECKING:
+    from sharded import Saves
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Run:
     adapter: dict[str, Any]  # of LoRA or adapters: what they are, and the base that a checkpoint does not hold
     template: str = ""  # how the dataset lays out a document, as in its meta.json; the first that says so
     files: RunDir | None = None
+    saves: "Saves | None" = None  # with parallel='fsdp', in every process
     started_at: int = 0  # the iteration from which this process goes on
     whole: bool = True  # False while an update changes the weights: what is half done is never saved
 
@@ -61,10 +68,15 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     overrule(c)
     check(c, processes.world_size)
 
+    shared_out = c.parallel == "fsdp" and processes.control is not None
+    straight = shared_out and can_read_shares(c, state)
+    if path and path.is_dir() and not straight:
+        state |= checkpoint.read_tensors(path, state)
     parts = parts_of(c.dataset)
     tokenizer = common_tokenizer(parts)
     torch.manual_seed(derive_seed(c.seed))
-    model, adapter = build_model(c, path, state, tokenizer)
+    with torch.device("meta") if straight or shared_out and begins(c, state) else nullcontext():
+        model, adapter = build_model(c, path, state, tokenizer)
     train, val = open_mixture(parts, "train", c.block_size), open_mixture(parts, "val", c.block_size)
     metas, vocab_size = [read_meta(part.folder) for part in parts], model.config.vocab_size
     opened = [*zip(train.tokens, metas, strict=True), *zip(val.tokens, metas, strict=True)]
@@ -77,8 +89,12 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     settle(c, epoch_length, progress.iter_num, progress.sequences_seen)
     per_step = c.batch_size * c.gradient_accumulation_steps
 
-    model.to(c.device)
     kind = torch.device(c.device).type
+    if shared_out:
+        if read := place(model, c, processes, path if straight else None):
+            state["optimizers"] = read
+    else:
+        model.to(c.device)
     optimizers = build_optimizers(
         model, c.optim, c.weight_decay, c.learning_rate, (c.beta1, c.beta2), c.adam_eps, c.muon_learning_rate,
         c.muon_momentum, kind, processes.rank, processes.world_size,
@@ -113,6 +129,12 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
         f"number of parameters: {model.get_num_params() / 1e6:.2f}M; {processes.world_size} x {c.device}, {c.dtype}"
         f"{', products of bfloat16' if c.matmul == 'bfloat16' else ''}"
     )
+    if c.parallel == "fsdp" and not shared_out:
+        reporter.say(
+            "parallel=fsdp shares a model out among the processes of torchrun, and this one is alone: it does not"
+        )
+    for line in memory_of_each(model, c.optim, processes):
+        reporter.say(line)
     if adaptation_of(c):
         reporter.say(summary(model, c.optim))
         if c.optim == "muon" and len(optimizers) == 1:
@@ -128,7 +150,59 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     if not c.eval_only and not what_is_done(c, progress):
         c.run_id = state.get("config", {}).get("run_id") or uuid.uuid4().hex
         processes.first(lambda: open_files(r, path, lock, held))
+        if shared_out:
+            from sharded import Saves
+
+            r.saves = Saves(processes, c.out_dir, r.files)
     return r, train, val
+
+
+def begins(c: Config, state: dict[str, Any]) -> bool:
+    """Whether the run starts from weights that are drawn."""
+    return not state and c.init_from in ("scratch", "auto")
+
+
+def can_read_shares(c: Config, state: dict[str, Any]) -> bool:
+    """Whether each process can read its own rows of the state alone: what a sharded run has saved, as it is."""
+    if not state or "model" in state or "adapter" in state:
+        return False
+    return c.block_size == state["model_args"]["block_size"]
+
+
+def place(model: GPT, c: Config, processes: Processes, path: Path | None) -> dict[str, dict[str, torch.Tensor]] | None:
+    """Shares the model out among the processes, in place, on their devices: as it is, or drawn, or as the checkpoint
+    folder `path` has it, whose optimizers' state comes back."""
+    mesh = init_device_mesh(torch.device(c.device).type, (processes.world_size,))
+    empty = fsdp.on_meta(model)
+    fsdp.share_out(model, mesh, DTYPES[c.dtype])
+    if not empty:
+        model.to(c.device)
+        return None
+    fsdp.settle_on(model, c.device)
+    if not path:
+        fsdp.draw(model, derive_seed(c.seed))
+        return None
+    from sharded import read_shares
+
+    return read_shares(path, fsdp.saved_parameters(model), processes.control)
+
+
+def memory_of_each(model: GPT, optim: str, processes: Processes) -> list[str]:
+    """A line on the memory of each process, those that are alike together."""
+    sizes = list(memory(model, optim).values())
+    everyones = torch.zeros(processes.world_size, len(sizes), dtype=torch.int64)
+    everyones[processes.rank] = torch.tensor(sizes)
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for rank, of_one in enumerate(processes.sum(everyones).tolist()):
+        alike.setdefault(tuple(of_one), []).append(rank)
+    lines = []
+    for (weights, gradients, moments), ranks in alike.items():
+        who = f" of process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if processes.world_size > 1 else ""
+        lines.append(
+            f"memory{who}: parameters {weights / 1e6:,.2f} MB, gradients {gradients / 1e6:,.2f} MB, "
+            f"optimizer {moments / 1e6:,.2f} MB"
+        )
+    return lines
 
 
 def progress_of(state: dict[str, Any], c: Config) -> Progress:
@@ -159,12 +233,12 @@ def to_resume(
             lock = take_lock(Path(c.out_dir))
             held.callback(lock.release)
         if c.init_from == "resume" or checkpoint.has_run(c.out_dir):
-            found = checkpoint.newest(c.out_dir)
+            found = checkpoint.newest(c.out_dir, tensors=False)
         return str(found[0] or "")
 
     path = processes.agreed(choose)
-    if path and not processes.master and Path(path).is_file():
-        found = Path(path), checkpoint.load(path)
+    if path and not processes.master and Path(path).exists():
+        found = Path(path), folders.read_state(Path(path)) if Path(path).is_dir() else checkpoint.load(path)
     if path and processes.world_size > 1 and not processes.alike(signature(found[1])):
         raise UserError(
             f"not all processes find the same {path}: their machines need the same out_dir, on a shared disk"
@@ -176,6 +250,7 @@ def signature(state: dict[str, Any]) -> int:
     """A number that differs for the states of different iterations and runs, and for none at all."""
     weights = state.get("model", {})
     found = zlib.crc32(str(state.get("config", {}).get("run_id")).encode())  # a head that is frozen tells no runs apart
+    found = zlib.crc32(repr(state.get("checksums")).encode(), found)
     for tensor in weights.values() if "adapter" in state else [weights.get("lm_head.weight", torch.empty(0))]:
         found = zlib.crc32(tensor.float().numpy().tobytes(), found)
     return state.get("iter_num", -1) * 2**32 + found
@@ -192,6 +267,7 @@ def open_files(r: Run, resumed_from: Path | None, lock: filelock.BaseFileLock | 
     if c.init_from == "auto" and not resumed_from and checkpoint.has_run(c.out_dir):
         raise UserError(f"another run has just begun in out_dir={c.out_dir}: start again to go on with it")
     r.files = RunDir(c.out_dir, resumed_from, r.started_at, r.progress.best_val_loss, fresh, c.run_id, lock)
+    r.files.numbered_kept, r.files.numbered_interval = c.keep_checkpoints, c.checkpoint_interval or c.eval_interval
     r.reporter.log = r.files.log
     held.callback(r.files.let_go)
 
@@ -245,6 +321,10 @@ def check(c: Config, world_size: int) -> None:
     if c.adam_eps <= 0:
         raise UserError(f"adam_eps={c.adam_eps}: expected more than 0")
     check_schedule(c)
+    if c.parallel not in ("ddp", "fsdp"):
+        raise UserError(f"parallel={c.parallel}: expected ddp or fsdp")
+    if c.parallel == "fsdp" and c.dtype == "float16":
+        raise UserError("dtype=float16 cannot be had with parallel=fsdp: take --dtype=bfloat16, or --dtype=float32")
     if c.optim not in OPTIMS:
         raise UserError(f"optim={c.optim}: expected {' or '.join(OPTIMS)}")
     if c.optim == "muon" and not c.learning_rate:

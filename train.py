@@ -9,7 +9,7 @@ Ctrl-C ends a run after the step that it is in and saves it; init_from=resume go
 init_from=auto does so where there is something to go on from.
 """
 
-from configurator import Config, configure, note, run
+from configurator import Config, UserError, configure, note, run
 
 # I/O
 out_dir = "out"  # where checkpoints and the log go
@@ -91,6 +91,8 @@ warmup_tokens = 0  # with lr_decay_tokens, in place of warmup_iters; 0 for those
 lr_decay_tokens = 0  # by tokens, in place of lr_decay_iters: where the decay ends; 0 for by iterations
 min_lr = 6e-5  # the rate after the decay, usually learning_rate / 10
 # system
+parallel = "ddp"  # under torchrun: 'ddp', each process has the whole model, or 'fsdp', each a part of it
+activation_checkpointing = False  # keep of a block what it reads alone, and compute the rest again on the way back
 backend = "nccl"  # 'nccl' or 'gloo' under torchrun; on CPUs always gloo
 peer_timeout = 60  # seconds without a sign of life from another process after which this one gives up
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
@@ -109,11 +111,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from adapt import saved_weights
 from device import autocast, can_compile, memory_error_told, try_compiled
+from fsdp import gathered, is_shared_out, saved_parameters, whole
 from generate import Sampling, continuations
 from loader import Mixture, evaluated, training_batches
 from model import derive_seed
@@ -169,12 +173,12 @@ def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
         loss = torch.zeros((), device=c.device)
         micro_steps = micro_steps_at(p.sequences_seen, c)
         # a process without a micro-step of its own takes one that counts nothing
-        own = len(range(rank, micro_steps, world_size)) or 1
+        own = -(-micro_steps // world_size)
         for k in range(own):
             micro_step, share, x, y, positions = next(batches)
             if c.dropout or c.lora_dropout:
                 torch.manual_seed(derive_seed(c.seed, p.iter_num, micro_step))
-            if world_size > 1:  # gradients travel once, after the last micro-step
+            if isinstance(model, DistributedDataParallel):  # gradients travel once, after the last micro-step
                 model.require_backward_grad_sync = k == own - 1
             with ctx:
                 _, micro_loss = model(x, y, loss_only=True, positions=positions)
@@ -183,7 +187,7 @@ def train_until_done(r: Run, train: Mixture, val: Mixture) -> None:
         r.processes.mean(loss)
         for optimizer in r.optimizers:
             r.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(r.model.parameters(), c.grad_clip or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(r.model.parameters(), c.grad_clip or math.inf))
         r.whole = False
         for optimizer in r.optimizers:
             r.scaler.step(optimizer)
@@ -219,7 +223,10 @@ def finish(r: Run) -> None:
         r.reporter.say(f"stopped early: {what_is_done(c, p)}")
     elif c.epochs and p.epoch_iters:  # the last one, which rounding to whole iterations may have cut short
         r.reporter.end_epoch(c.epochs)
-    r.processes.first(lambda: r.files.finish())
+    if r.saves:
+        r.saves.finish()
+    else:
+        r.processes.first(lambda: r.files.finish())
     r.reporter.end()
     r.reporter.say(
         f"done: {p.iter_num:,} iterations, best val loss {p.best_val_loss:.4f}; python sample.py --out_dir={c.out_dir}"
@@ -235,7 +242,10 @@ def work_kept(r: Run) -> Iterator[None]:
         lost = r.processes.lost() if isinstance(error, RuntimeError) else ""
         # a GPU that waits for the process that is gone would not give its weights out
         stuck = lost and r.c.device.startswith("cuda")
-        if r.files and r.whole and r.progress.iter_num > r.started_at and not (stuck or isinstance(error, Diverged)):
+        if r.saves:  # a save takes all the processes, at the same step
+            if r.files and not isinstance(error, UserError):
+                note("note: at an error nothing is saved with parallel=fsdp; what was saved before is there")
+        elif r.files and r.whole and r.progress.iter_num > r.started_at and not (stuck or isinstance(error, Diverged)):
             try:
                 save(r, wait=True)
                 note(f"saved at iteration {r.progress.iter_num}, before the error")
@@ -255,8 +265,14 @@ def accelerate(r: Run, ctx, packed: bool) -> tuple[torch.nn.Module, torch.nn.Mod
     """The model, compiled where that works, for evaluation; and the same under DDP where there are many processes."""
     c = r.c
     use_compile = c.compile and can_compile(c.device)
-    fast = model = torch.compile(r.model) if use_compile else r.model
-    if r.processes.world_size > 1 and not c.eval_only:
+    for block in r.model.transformer.h:
+        if c.activation_checkpointing:
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        if use_compile and is_shared_out(r.model.lm_head.weight):  # what puts a block together stays outside of it
+            block.forward = torch.compile(block.forward)
+    shared_out = is_shared_out(r.model.lm_head.weight)
+    fast = model = torch.compile(r.model) if use_compile and not shared_out else r.model
+    if r.processes.world_size > 1 and not (c.eval_only or shared_out):
         device_ids = [r.processes.local_rank] if c.device.startswith("cuda") else None
         every_time = c.gradient_accumulation_steps == r.processes.world_size  # a static graph wants gradients sent
         model = DistributedDataParallel(
@@ -310,10 +326,13 @@ def evaluate(r: Run, model: torch.nn.Module, split: Mixture, ctx, batches: int) 
     for tokens, total in zip(split.tokens, totals, strict=True):
         of_split = evaluated(tokens, c.block_size, c.batch_size, batches)
         own = of_split[r.processes.rank :: r.processes.world_size]
-        for first in range(0, len(own), together):
-            batch = tokens.windows(own[first : first + together].reshape(-1), c.block_size, r.model.config.vocab_size)
+        for first in range(0, -(-len(of_split) // r.processes.world_size), together):
+            windows = own[first : first + together]
+            counts = len(windows) > 0  # each process computes as often as the others, with FSDP they do so together
+            windows = (windows if counts else of_split[:1]).reshape(-1)
+            batch = tokens.windows(windows, c.block_size, r.model.config.vocab_size)
             loss, hits, learnt = loss_and_accuracy(model, ctx, *(t.to(c.device) for t in batch))
-            total += torch.tensor([loss * learnt, hits, learnt], dtype=torch.float64)
+            total += counts * torch.tensor([loss * learnt, hits, learnt], dtype=torch.float64)
     model.train()
     return [(loss / learnt, hits / learnt) for loss, hits, learnt in r.processes.sum(totals).tolist()]
 
@@ -358,7 +377,7 @@ def evaluate_and_save(r: Run, model: torch.nn.Module, train: Mixture, val: Mixtu
             save(r, val_loss)
         elif r.files:
             r.files.best_val_loss = val_loss  # an untrained model's file would be of no use
-    elif r.files and p.iter_num and val_loss < r.files.best_val_loss:
+    elif p.iter_num and r.processes.largest(bool(r.files and val_loss < r.files.best_val_loss)):
         save(r, val_loss)  # ckpt.pt is damaged, or an earlier run's
     r.reporter.restart_clock()
 
@@ -377,11 +396,13 @@ def figures_of_datasets(
     }
 
 
-def state_of(r: Run) -> dict[str, Any]:
-    """A checkpoint in nanoGPT's layout, and what sampling needs of the dataset."""
+def state_of(r: Run, weights: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """A checkpoint in nanoGPT's layout, and what sampling needs of the dataset; of a model that is shared out with the
+    `weights` that were gathered, and without moments."""
+    alone = len(r.optimizers) == 1 and not r.saves
     return {
-        "model": saved_weights(r.model),
-        "optimizer": r.optimizers[0].state_dict() if len(r.optimizers) == 1 else None,  # nanoGPT's AdamW
+        "model": weights or saved_weights(r.model),
+        "optimizer": r.optimizers[0].state_dict() if alone else None,  # nanoGPT's AdamW
         "model_args": r.model.config.model_args(),
         "iter_num": r.progress.iter_num,
         "best_val_loss": r.progress.best_val_loss,
@@ -398,7 +419,7 @@ def save(r: Run, val_loss: float | None = None, *, put_off: bool = False, wait: 
     With `put_off`, not while another save is being written; with `wait`, returns once it is on the disk.
     """
     r.reporter.settle()
-    if not r.files or put_off and r.files.busy:
+    if not (r.saves or r.files) or put_off and (r.saves or r.files).busy:
         return
     r.reporter.measure()
     c, p = r.c, r.progress
@@ -410,24 +431,48 @@ def save(r: Run, val_loss: float | None = None, *, put_off: bool = False, wait: 
         "data": r.data,
     }
     kept = c.keep_checkpoints if number_is_due(p.iter_num, c) else 0
-    if r.files.save(state_of(r), more, val_loss, always=c.always_save_checkpoint, numbered_kept=kept, wait=wait):
+    if r.saves:
+        best = save_shares(r, more, val_loss, wait)
+    else:
+        best = r.files.save(state_of(r), more, val_loss, always=c.always_save_checkpoint, numbered_kept=kept, wait=wait)
+    if best:
         r.reporter.say(f"saving checkpoint to {c.out_dir}")
+
+
+def save_shares(r: Run, more: dict[str, Any], val_loss: float | None, wait: bool) -> bool:
+    """`save` for a model that is shared out, in every process; whether ckpt.pt is written."""
+    files, ckpt = r.files, None
+    if best := r.processes.largest(bool(files and files.is_best(val_loss, r.c.always_save_checkpoint))):
+        weights = gathered(r.model, r.processes.master)
+        if weights:
+            ckpt = state_of(r, weights) | {"best_val_loss": min(val_loss, files.best_val_loss)}
+        elif files:
+            note("warning: there is no memory for the whole weights; ckpt.pt is not written")
+    state = state_of(r) | more
+    tensors = {f"model/{name}": p.detach() for name, p in saved_parameters(r.model).items()}
+    for name, entry in state.pop("optimizers").items():
+        tensors |= {f"optimizers/{name}/{key}": value for key, value in entry.items()}
+    del state["model"], state["optimizer"]
+    r.saves.save(tensors, state, ckpt, wait)
+    return bool(best)
 
 
 def show_samples(r: Run, ctx) -> None:
     """Prints and logs what the model makes of sample_prompts now."""
     r.reporter.settle()
     r.reporter.stop_clock()
+    weights = gathered(r.model, r.processes.master) if r.saves else None
     if not r.processes.master:
         r.reporter.restart_clock()
         return
     c, iter_num = r.c, r.progress.iter_num
     seed = derive_seed(c.seed, "sample", iter_num)
     sampling = Sampling(max_new_tokens=c.sample_tokens, temperature=0.8, top_k=200, seed=seed)
-    r.model.eval()
+    model = checkpoint.model_of(state_of(r, weights), c.out_dir).to(c.device) if weights else r.model
+    model.eval()
     with ctx:
-        texts = continuations(r.model, r.tokenizer, c.sample_prompts, sampling)
-    r.model.train()
+        texts = continuations(model, r.tokenizer, c.sample_prompts, sampling)
+    model.train()
     for prompt, text in zip(c.sample_prompts, texts, strict=True):
         r.reporter.say(f"sample at iteration {iter_num}:\n{prompt}{text}\n---------------")
         r.reporter.record("sample", iter=iter_num, prompt=prompt, text=prompt + text)
@@ -437,7 +482,10 @@ def show_samples(r: Run, ctx) -> None:
 def leave(r: Run, signal_number: int) -> None:
     """Saves and exits as the signal asked, every process after the same step."""
     r.reporter.settle()
-    r.processes.first(lambda: save(r, wait=True))
+    if r.saves:
+        save(r, wait=True)
+    else:
+        r.processes.first(lambda: save(r, wait=True))
     r.reporter.say(
         f"saved at iteration {r.progress.iter_num}; "
         f"go on with: python train.py --init_from=resume --out_dir={r.c.out_dir}"
