@@ -47,14 +47,17 @@ def choose_device(device: str, local_rank: int | None = None) -> str:
     return device
 
 
-def keep_memory() -> None:
+def keep_memory(kept: bool = True) -> None:
     """Lets the C library keep what is freed. By default glibc gives large pieces back to the system, which maps and
-    clears them anew for the next step."""
+    clears them anew for the next step. Or, not `kept`, has every piece of a megabyte given back at once: of a heap that
+    large and small pieces share, what is free between the small ones serves no large one, and it grows."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library, such as Alpine's, has no mallopt
             mallopt = ctypes.CDLL("libc.so.6").mallopt
-            mallopt(-4, 0)  # M_MMAP_MAX: no piece is mapped by itself
-            mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+            mallopt(-4, 0 if kept else 65536)  # M_MMAP_MAX: how many pieces may be mapped by themselves
+            mallopt(-1, -1 if kept else 1 << 20)  # M_TRIM_THRESHOLD: what the heap may have to spare at its end
+            if not kept:
+                mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def choose_matmul(matmul: str, device: str) -> str:
@@ -121,7 +124,10 @@ def is_memory_error(error: Exception) -> bool:
 
 @contextmanager
 def memory_error_told(
-    remedy: str = "halve batch_size and double gradient_accumulation_steps: the same computation; or lower block_size",
+    remedy: str = (
+        "halve batch_size and double gradient_accumulation_steps: the same computation; or lower block_size, or share "
+        "the model out among processes, by torchrun with --parallel=fsdp"
+    ),
 ) -> Iterator[None]:
     """Running out of memory ends with a sentence; no batch is skipped or shrunk behind the user's back."""
     try:

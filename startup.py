@@ -17,7 +17,7 @@ import fsdp
 from adapt import Adaptation, attach, grow_vocabulary, memory, summary, train_only
 from chat import ChatTokenizer
 from configurator import Config, UserError, coerce, note, user_errors
-from device import DTYPES, choose_device, choose_dtype, choose_matmul
+from device import DTYPES, choose_device, choose_dtype, choose_matmul, keep_memory
 from generate import prompt_ids
 from loader import Mixture, Part, check_vocabulary, fingerprint, open_mixture, parts_of
 from model import GPT, GPTConfig, derive_seed
@@ -172,6 +172,7 @@ def can_read_shares(c: Config, state: dict[str, Any]) -> bool:
 def place(model: GPT, c: Config, processes: Processes, path: Path | None) -> dict[str, dict[str, torch.Tensor]] | None:
     """Shares the model out among the processes, in place, on their devices: as it is, or drawn, or as the checkpoint
     folder `path` has it, whose optimizers' state comes back."""
+    keep_memory(False)  # blocks come and go, and to need little of it is what a model is shared out for
     mesh = init_device_mesh(torch.device(c.device).type, (processes.world_size,))
     empty = fsdp.on_meta(model)
     fsdp.share_out(model, mesh, DTYPES[c.dtype])

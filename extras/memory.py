@@ -85,8 +85,8 @@ def activation_bytes(
 
     which is 36 c + 4 n_head + 16 under autocast and 64 c + 4 n_head + 16 in float32; of it, `checkpointing` keeps the
     first line alone, and the rest in one block at a time. ln_f and lm_head keep 4 c + 8 + h c. Autocast also keeps a
-    copy of each Linear's weights, in 2 bytes, once a micro-step; not with `copies` False, where the weights are in 16
-    bits themselves, as FSDP gathers them.
+    copy of each Linear's weights, in 2 bytes, once a micro-step; with `copies` False of the head's alone, where the
+    blocks' are in 16 bits themselves, as FSDP gathers them.
 
     The moments of which the largest is the peak, each with what is still kept then:
 
@@ -99,15 +99,14 @@ def activation_bytes(
 
     In float32, 2^24 logits and more are not held at once (ops.cross_entropy): then F.linear_cross_entropy holds the
     gradients of what it reads and of the weights, and a few rows of logits, or later the weights' gradient once more.
-    Where a GPU computes log-softmax in 16 bits, a logit takes 10 bytes in place of 12; with FSDP's weights of 16 bits,
-    parts of the residual stream take 2 in place of 4.
+    Where a GPU computes log-softmax in 16 bits, a logit takes 10 bytes in place of 12.
     """
     c, vocab, layers, n = config.n_embd, config.vocab_size, config.n_layer, micro_batch * config.block_size
     h = 2 if autocast else WIDE
     wide, cast = WIDE * c * n, h * c * n
     block = 2 * wide + 14 * cast + (4 * config.n_head + 16) * n
-    copied = 2 if autocast and copies else 0
-    block_copy, head_copy = copied * (12 * c * c + 9 * c * config.bias), copied * vocab * c
+    copied = 2 if autocast else 0
+    block_copy, head_copy = copied * copies * (12 * c * c + 9 * c * config.bias), copied * vocab * c
     kept = layers * wide if checkpointing else layers * (block + block_copy)
     head = wide + 8 * n + cast + head_copy
     tied, chunked = WIDE * vocab * c, not autocast and n * vocab >= LARGE
@@ -142,11 +141,11 @@ def state_bytes(model: GPT, optim: str) -> tuple[int, int, int]:
 
 
 def gathered_bytes(model: GPT) -> int:
-    """Bytes that FSDP has whole on each GPU: in 16 bits two blocks, the one at work and the next one on its way, and
-    what is in no block; and the gradients of a block in 16 bits and, to be added up, in float32 (Zhao et al. 2023,
-    "PyTorch FSDP", and fully_shard's MixedPrecisionPolicy with reduce_dtype=float32)."""
+    """Bytes that FSDP has whole on each GPU: in 16 bits two blocks, the one at work and the next one on its way, and in
+    float32 what is in no block; and the gradients of a block in 16 bits and, to be added up, in float32 (fsdp.py; Zhao
+    et al. 2023, "PyTorch FSDP")."""
     whole, block, _ = parameter_counts(model)
-    return 2 * (2 * block + whole - model.config.n_layer * block) + (2 + WIDE) * block
+    return 2 * 2 * block + WIDE * (whole - model.config.n_layer * block) + (2 + WIDE) * block
 
 
 def muon_step_bytes(model: GPT) -> int:

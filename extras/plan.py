@@ -4,8 +4,6 @@
     $ python extras/plan.py --gpu_hours=1000 --gpu=h100 --mfu=0.4          # the other way round: what they are good for
     $ python extras/plan.py --model_size=gpt2 --json
 
-train.py has DDP, and neither FSDP nor activation checkpointing yet: with these, it is what PyTorch's own would take.
-
 GiB are 2^30 bytes, as in nvidia-smi and `ls -h`; so are the keys of --json that end in _gb. Time is that of training
 alone, without evaluations, failures and the wait for a machine.
 
@@ -184,6 +182,7 @@ def figures_of(c: Config, model: GPT, plain: Layout, checkpointed: Layout) -> di
     seconds = per_token * total / (c.gpus * peak * c.mfu)
     chosen = checkpointed if c.activation_checkpointing else plain
     ckpt, last = checkpoint_bytes(model, c.optim)
+    ckpt = model.get_num_params(False) * 4 if c.parallel == "fsdp" else ckpt  # weights alone
     taken = chosen.sequences * chosen.micro_steps * c.block_size or c.batch_tokens
     kept, recomputed = (
         activation_bytes(model.config, chosen.sequences or 1, how, copies=c.parallel == "ddp") for how in (False, True)
@@ -256,7 +255,8 @@ def report(c: Config, model: GPT, f: dict, plain: Layout, checkpointed: Layout) 
         f"  time                {duration(f['days'])}, {f['gpu_hours']:,.1f} GPU hours, "
         f"{f['tokens_per_second']:,.0f} tokens/s",
         f"                      {c.gpus} GPU{'s' * (c.gpus > 1)} {of_each}",
-        f"  checkpoints         ckpt.pt {f['ckpt_gb']:,.2f} GiB, last.pt {f['last_gb']:,.2f} GiB (kept twice)",
+        f"  checkpoints         ckpt.pt {f['ckpt_gb']:,.2f} GiB, {'last.pt' if not shared else 'last-1000/'} "
+        f"{f['last_gb']:,.2f} GiB (kept twice)",
         "",
         row("GiB on a GPU", ["plain", "checkpointing"]),
         gib("weights, float32", "weights", shared),
@@ -295,8 +295,6 @@ def advice(c: Config, model: GPT, f: dict, chosen: Layout) -> list[str]:
             lines.append(f"Not one sequence fits on a GPU. What would: {'; '.join(found)}.")
         else:
             lines.append(f"Not one sequence fits on a GPU, nor with FSDP on {MOST_GPUS}: take a smaller model.")
-    if c.parallel == "fsdp" or c.activation_checkpointing:
-        lines.append("train.py so far has DDP alone, neither FSDP nor activation checkpointing.")
     if c.activation_checkpointing:
         lines.append("Checkpointing computes a third more, which MFU does not count: take a lower --mfu for it.")
     if "mfu" not in c.given:

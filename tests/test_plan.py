@@ -204,9 +204,10 @@ def test_fsdp_shares_states_out_and_gathers_two_blocks():
     whole, shared = figures(*run), figures(*run, "--parallel=fsdp")
     for part in ("weights_gb", "gradients_gb", "optimizer_gb"):
         assert shared[part] == pytest.approx(whole[part] / 64, rel=1e-6)
-    assert whole["gathered_gb"] == 0 and shared["ckpt_gb"] == whole["ckpt_gb"]
+    assert whole["gathered_gb"] == 0 and shared["last_gb"] == whole["last_gb"] == whole["ckpt_gb"]
+    assert shared["ckpt_gb"] == whole["ckpt_gb"] / 3  # without moments
     block, root = 12 * 4096**2 + 13 * 4096, (50257 + 2048) * 4096 + 2 * 4096
-    assert shared["gathered_gb"] * 2**30 == 2 * (2 * block + root) + 6 * block
+    assert shared["gathered_gb"] * 2**30 == 2 * 2 * block + 4 * root + 6 * block
     assert (whole["fits"], whole["micro_batch"]) == (False, 0) and shared["fits"] and shared["days"] == whole["days"]
     assert whole["days"] == pytest.approx(300e9 * whole["flops_per_token"] / (64 * 312e12 * 0.45) / 86400)
 

@@ -3,6 +3,7 @@ numbers of processes; and compares what comes of it with a run that nothing happ
 
     $ python tests/torture.py
     $ python tests/torture.py --minutes=60 --kills=2000
+    $ python tests/torture.py --processes=2 --parallel=fsdp
 
 Prints what was tried and what was lost; exit status 1 where a promise was broken.
 """
@@ -18,6 +19,8 @@ from configurator import UserError, configure, run
 minutes = 10.0  # no new attempt after so long
 kills = 200  # enough of them
 damaged = 100  # damaged copies of a checkpoint to load
+processes = 1  # of a run, by torchrun where they are several
+parallel = "ddp"  # or 'fsdp', whose checkpoints are folders
 seed = 0  # of the choices; the instants of the kills cannot be repeated
 folder = ""  # where to work, kept afterwards; empty for a temporary one
 config = configure(globals())
@@ -40,6 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 import checkpoint
+import folders
 
 ITERATIONS = 240
 SETTINGS = {
@@ -70,9 +74,10 @@ class Tally:
 class Training:
     """train.py as a process of its own, in a session of its own, its output in a file."""
 
-    def __init__(self, home: Path, *, processes: int = 1, prefix: tuple[str, ...] = (), **settings):
+    def __init__(self, home: Path, *, processes: int = 0, prefix: tuple[str, ...] = (), **settings):
         self.home, self.out = home, home / "out"
-        script = [str(ROOT / "train.py")]
+        script, processes = [str(ROOT / "train.py")], processes or config.processes
+        settings = {"parallel": config.parallel} | settings
         if processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             script = [*launcher, *script]
@@ -108,9 +113,20 @@ class Training:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
 
+    def everyone(self) -> list[int]:
+        """The process and all that it has started."""
+        found = [self.process.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    found += map(int, (task / "children").read_text(encoding="ascii").split())
+        return found
+
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """All of it at once, as when the power fails."""
+        for pid in self.everyone() if self.running() else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def finished(self) -> None:
@@ -128,7 +144,8 @@ class Training:
 
     def writing(self) -> bool:
         """Whether a file is being written, or waits to take its name."""
-        return self.out.is_dir() and any(name.endswith(".pt.tmp") for name in os.listdir(self.out))
+        names = os.listdir(self.out) if self.out.is_dir() else []
+        return any(name.endswith(".tmp") and name != "log.jsonl.tmp" for name in names)
 
     def lines(self) -> int:
         """Lines in the log."""
@@ -203,17 +220,17 @@ def kill_until_done(home: Path, reference: Path, tally: Tally, rng: random.Rando
             had_checkpoint = True
         if had_checkpoint:
             saved = newest(training.out)["iter_num"]  # raises where nothing is loadable
-            for path in training.out.glob("*.pt"):
+            for path in (*training.out.glob("*.pt"), *folders.newest_first(training.out)):
                 if path.stat().st_ino not in harmed:
-                    checkpoint.load(path)  # no file is ever half written, whichever of them is resumed
+                    checkpoint.load(path)  # nothing is ever half written, whichever of them is resumed
             logged = [line["iter"] for line in complete_lines(training.out) if line["kind"] == "train"]
             with tally.lock:
                 tally.lost.append(max(0, max(logged, default=-1) + 1 - saved))
-            last = training.out / "last.pt"
-            if rng.random() < 0.15 and saved > 5 and last.is_file() and last.stat().st_ino not in harmed:
+            last = newest_state(training.out)
+            if rng.random() < 0.15 and saved > 5 and last and last.stat().st_ino not in harmed:
                 damage(last, rng)
                 harmed.add(last.stat().st_ino)
-                tally.add("resumes with a damaged last.pt")
+                tally.add("resumes with a damaged last state")
 
 
 def complete_lines(out: Path) -> list[dict]:
@@ -223,9 +240,20 @@ def complete_lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
+def newest_state(out: Path) -> Path | None:
+    """last.pt, or the newest checkpoint folder."""
+    return next((path for path in (out / "last.pt", *folders.newest_first(out)) if path.exists()), None)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all in a folder."""
+    return sum(each.stat().st_size for each in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+
 def damage(path: Path, rng: random.Random) -> str:
-    """Cuts a file short, zeroes a part of it or flips a bit; says what it did. The file is a new one under its name,
-    for the old one may have other names."""
+    """Cuts a file, or one in a folder, short, zeroes a part of it or flips a bit; says what it did. The file is a new
+    one under its name, for the old one may have other names."""
+    path = rng.choice(sorted(path.iterdir())) if path.is_dir() else path
     data = bytearray(path.read_bytes())
     how = rng.choice(("cut short", "zeroed", "bit flipped"))
     at = rng.randrange(len(data))
@@ -243,17 +271,21 @@ def damage(path: Path, rng: random.Random) -> str:
 def load_damaged(home: Path, reference: Path, tally: Tally, rng: random.Random, n: int) -> None:
     """Damaged copies of a checkpoint: each is refused with a sentence, or holds the same bits."""
     home.mkdir()
-    wanted = checkpoint.load(reference / "last.pt")
+    source = newest_state(reference)
+    wanted, harmed = checkpoint.load(source), home / source.name
     for _ in range(n):
-        shutil.copy(reference / "last.pt", home / "last.pt")
-        how = damage(home / "last.pt", rng)
+        if source.is_dir():
+            shutil.copytree(source, harmed, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, harmed)
+        how = damage(harmed, rng)
         try:
-            loaded = checkpoint.load(home / "last.pt")
+            loaded = checkpoint.load(harmed)
         except UserError:
             tally.add(f"damaged files refused ({how})")
         else:
             if not same(loaded, wanted):
-                raise Broken(f"a damaged file ({how}) was loaded as something else: {home / 'last.pt'}")
+                raise Broken(f"a damaged file ({how}) was loaded as something else: {harmed}")
             tally.add(f"damaged files that held the same bits ({how})")
 
 
@@ -261,24 +293,26 @@ def full_disk(home: Path, reference: Path, tally: Tally, rng: random.Random) -> 
     """The disk is full for a while, then not: training goes on, the files there stay good, the end is the same."""
     home.mkdir()
     (home / "out").mkdir()
-    size = 9 * (reference / "last.pt").stat().st_size
+    size = 9 * size_of(newest_state(reference))
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(home / "out")]
     mounted = bool(shutil.which("mount")) and not subprocess.run(mount, capture_output=True).returncode
     training = Training(home, save_interval=3)
     try:
         training.wait_for_lines(30)
-        filler, pid = home / "out" / "filler", training.process.pid
+        filler = home / "out" / "filler"
         if mounted:
             with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
         else:  # no file may grow beyond half a checkpoint
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size // 18, resource.RLIM_INFINITY))
+            for pid in training.everyone():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (size // 18 // config.processes, resource.RLIM_INFINITY))
         warned = training.wait_for_warning()
         newest(training.out)
         lines = training.lines()
         if not mounted:
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            for pid in training.everyone():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         filler.unlink(missing_ok=True)
         if not warned:
             raise Broken(f"no warning of a full disk: {training.last_words()}")
@@ -318,10 +352,17 @@ def unwritable(home: Path, reference: Path, tally: Tally, rng: random.Random) ->
 
 
 def other_numbers_of_processes(home: Path, reference: Path, tally: Tally, rng: random.Random) -> None:
-    """1 -> 2 -> 4 -> 1 processes, killed in between: the same losses within 1e-4, each iteration once."""
+    """1 -> 2 -> 4 -> 1 processes, killed in between: the same losses within 1e-4, each iteration once. With 'fsdp' also
+    from 'ddp' to that and back."""
     home.mkdir()
+    if config.processes > 1:  # which rounds differently from the first iteration on, and that grows
+        (home / "one").mkdir()
+        straight = Training(home / "one", processes=1, parallel="ddp", dataset=home.parent / "data")
+        straight.finished()
+        reference = straight.out
     for part, processes in enumerate((1, 2, 4, 1)):
-        training = Training(home, processes=processes, save_interval=5)
+        kind = "ddp" if processes == 1 else config.parallel
+        training = Training(home, processes=processes, save_interval=5, parallel=kind)
         if part < 3:
             until = (part + 1) * ITERATIONS // 4
             training.wait_for_lines(until)
