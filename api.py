@@ -1,9 +1,10 @@
-"""The HTTP API beside the page: OpenAI's /v1/completions and /v1/models, and /health.
+"""The HTTP API beside the page: OpenAI's /v1/completions and /v1/models, /health, and /metrics for Prometheus.
 
 Notable choices:
 - Fields, shapes and errors are those of OpenAI's reference for completions, so that its clients work unchanged;
   `top_k`, `min_p` and `repetition_penalty` are ours besides. What cannot be done (a suffix, a logit bias) is refused.
-- Whoever hangs up, waiting or reading, ends the work at once.
+- Whoever hangs up, waiting or reading, ends the work at once; and so does the time that a request may take, also where
+  its client sends slowly or reads nothing.
 - An answer tells of the request, never of the machine: what goes wrong inside is told on stderr alone.
 """
 
@@ -15,8 +16,8 @@ import secrets
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -30,18 +31,32 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from configurator import UserError, tell
+from connection import cut
 from device import is_memory_error
 from engine import Engine, Full, Job, Refused
-from generate import Piece, Sampling, Token, beginning, score, stream
+from generate import Piece, Rows, Sampling, Token, beginning, score
+from metrics import CONTENT_TYPE, HUNG_UP, Counted, Metrics
 from model import GPT
 from tokenizer import Tokenizer
 
-MAX_BODY = 2**20  # bytes of a request
-Text = Annotated[str, Field(max_length=MAX_BODY)]
+PARTING = 1.0  # seconds in which a client must take the news that its time is over
 Id = Annotated[int, Field(ge=0, lt=2**32)]
 Some = Field(min_length=1, fail_fast=True)  # a megabyte may hold hundreds of thousands of mistakes
 Ids = Annotated[list[Id], Some]
-Prompt = Text | Annotated[list[Text], Some] | Ids | Annotated[list[Ids], Some]
+Prompt = str | Annotated[list[str], Some] | Ids | Annotated[list[Ids], Some]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be asked for."""
+
+    max_batch: int = 16  # rows that are decoded together, of all requests
+    max_samples: int = 16  # texts of a request
+    max_tokens: int = 2048  # new tokens in each
+    max_prompt: int = 16384  # tokens in a prompt
+    max_body: int = 2**20  # bytes of a request
+    body_timeout: float = 30.0  # seconds in which it must have been sent
+    timeout: float = 600.0  # and in which it is answered, waiting included
 
 
 class CompletionRequest(BaseModel):
@@ -55,7 +70,7 @@ class CompletionRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1)
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="drawn at random where it is not given")
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
@@ -150,42 +165,58 @@ def failure_of(error: Exception) -> Failure:
 
 
 class BodyLimit:
-    """Refuses a request of more than MAX_BODY bytes, told beforehand or not."""
+    """Refuses a request of too many bytes, told beforehand or not, and one that takes too long to come. When it came is
+    in state["arrived"], as time.monotonic() tells it."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, limits: Limits):
+        self.app, self.most, self.seconds = app, limits.max_body, limits.body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        too_large = Failure(413, f"the request is too large: at most {MAX_BODY:,} bytes")
-        told, read = Headers(scope=scope).get("content-length", "0"), 0
-        if not told.isdecimal() or int(told[:20]) > MAX_BODY:
+        scope.setdefault("state", {})["arrived"] = time.monotonic()
+        too_large = Failure(413, f"the request is too large: at most {self.most:,} bytes")
+        told, read, whole = Headers(scope=scope).get("content-length", "0"), 0, False
+        if not told.isdecimal() or int(told[:20]) > self.most:
             return await too_large.response()(scope, receive, send)
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            if whole:  # what comes now is that the client has gone
+                return await receive()
+            try:
+                async with time_left(scope, self.seconds):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the request was not sent within {self.seconds:g} s"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
             read += len(message.get("body", b""))
-            if read > MAX_BODY:
+            whole = not message.get("more_body", False)
+            if read > self.most:
                 raise HTTPException(too_large.status, str(too_large))
             return message
 
         await self.app(scope, limited, send)
 
 
+def time_left(scope: Scope, seconds: float) -> asyncio.Timeout:
+    """Ends so many seconds after the request has arrived."""
+    return asyncio.timeout(scope["state"]["arrived"] + seconds - time.monotonic())
+
+
 class HungUp(Exception):
     """The client is gone."""
 
 
+async def hang_up(receive: Receive) -> None:
+    """Waits until the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 async def unless_hung_up(receive: Receive, work: Coroutine) -> Any:
     """What `work` returns; it is cancelled, and HungUp raised, where the client goes away before."""
-
-    async def hang_up() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hang_up())]
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(hang_up(receive))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
@@ -202,26 +233,52 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, events: AsyncIterator[dict[str, Any]]):
+    def __init__(self, made: "Completions", job: Job, metrics: Metrics, seconds: float):
+        """`seconds` after the request's arrival it is broken off."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.job, self.events = job, events
+        self.made, self.job, self.metrics, self.seconds = made, job, metrics, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.job, suppress(HungUp):
-            await unless_hung_up(receive, self.write(send))
+            try:
+                await unless_hung_up(receive, self.write(scope, send))
+            except TimeoutError:  # even that was not read
+                if not cut(scope):
+                    raise
+                await hang_up(receive)
+            finally:
+                self.metrics.ended(self.job, max(self.made.written))
 
-    async def write(self, send: Send) -> None:
+    async def write(self, scope: Scope, send: Send) -> None:
         async def event(data: str, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": more})
 
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with time_left(scope, self.seconds):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async for data in self.events:
-                await event(json.dumps(data))
+            with too_late(self.seconds):
+                async with time_left(scope, self.seconds):
+                    async for data in self.made.events(self.job):
+                        await event(json.dumps(data))
+                    await event("[DONE]", more=False)
         except Exception as error:
-            await event(json.dumps(failure_of(error).body))
-        await event("[DONE]", more=False)
+            self.job.close()
+            failure = failure_of(error)
+            scope["state"]["outcome"] = failure.status
+            async with asyncio.timeout(PARTING):
+                await event(json.dumps(failure.body))
+                await event("[DONE]", more=False)
+
+
+@contextmanager
+def too_late(seconds: float) -> Iterator[None]:
+    """What to answer where time was over."""
+    try:
+        yield
+    except TimeoutError:
+        message = f"the answer was not finished within {seconds:g} s: ask for fewer or shorter samples, or later"
+        raise Failure(504, message, code="timeout") from None
 
 
 @dataclass
@@ -278,17 +335,17 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 class Completions:
     """A request's answer in the making: its prompts' ids, its work, its choices."""
 
-    def __init__(self, asked: CompletionRequest, model: GPT, tokenizer: Tokenizer, name: str, max_rows: int):
+    def __init__(self, asked: CompletionRequest, model: GPT, tokenizer: Tokenizer, name: str, limits: Limits):
         """Failure or UserError for what cannot be done. Encodes, which may take a moment."""
-        self.asked, self.model, self.tokenizer = asked, model, tokenizer
+        self.asked, self.model, self.tokenizer, self.max_prompt = asked, model, tokenizer, limits.max_prompt
         prompt = "" if asked.prompt is None else asked.prompt
         several = isinstance(prompt, list) and not isinstance(prompt[0], int)
         given = prompt if several else [prompt]
         self.n = asked.n or 1
         if asked.best_of not in (None, self.n):
             raise Failure(400, f"best_of={asked.best_of}: only n, {self.n}, can be had", "best_of")
-        if len(given) * self.n > max_rows:
-            raise Failure(400, f"{len(given)} prompts with n={self.n}: at most {max_rows} texts at once", "n")
+        if len(given) * self.n > limits.max_samples:
+            raise Failure(400, f"{len(given)} prompts with n={self.n}: at most {limits.max_samples} texts at once", "n")
         self.prompts = [self.encoded(each) for each in given]
         self.texts = [each if isinstance(each, str) else tokenizer.decode(each) for each in given]
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
@@ -309,28 +366,28 @@ class Completions:
             "created": int(time.time()),
             "model": name,
         }
-        self.written = 0  # tokens
+        self.written = [0] * len(self.speakers)  # tokens
 
     def encoded(self, prompt: str | list[int]) -> list[int]:
         ids = beginning(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
         if len(ids) > (context := self.model.config.block_size):
             message = f"the prompt has {len(ids):,} tokens, and the model's context holds {context:,}: shorten it"
             raise Failure(400, message, "prompt", "context_length_exceeded")
+        if len(ids) > self.max_prompt:
+            raise Failure(400, f"the prompt has {len(ids):,} tokens: at most {self.max_prompt:,} here", "prompt")
         if max(ids) >= self.tokenizer.vocab_size:
             raise Failure(
                 400, f"token id {max(ids)} is beyond the vocabulary of {self.tokenizer.vocab_size:,}", "prompt"
             )
         return ids
 
-    def work(self, stopped) -> Iterator[list[Token] | Piece]:
-        """For the engine: with echo and logprobs each prompt's tokens, and then pieces."""
+    def work(self, stopped: Callable[[], bool]) -> Generator[list[Token], None, Rows]:
+        """For the engine: with echo and logprobs each prompt's tokens, and then the texts to be written."""
         if self.asked.echo and self.asked.logprobs is not None:
             for ids in self.prompts:
                 yield [Token(ids[0]), *score(self.model, ids, self.asked.logprobs, self.tokenizer.vocab_size)]
         rows = [ids for ids in self.prompts for _ in range(self.n)]
-        yield from stream(
-            self.model, self.tokenizer, rows, self.sampling, logprobs=self.asked.logprobs, stopped=stopped
-        )
+        return Rows(rows, self.sampling, logprobs=self.asked.logprobs)
 
     async def parts(self, job: Job) -> AsyncIterator[dict[str, Any]]:
         """What the choices go on with, as it comes."""
@@ -349,12 +406,12 @@ class Completions:
             for row in dict.fromkeys(piece.row for piece in pieces):
                 own = [piece for piece in pieces if piece.row == row]
                 tokens = [token for piece in own for token in piece.tokens]
-                self.written += len(tokens)
+                self.written[row] += len(tokens)
                 yield self.speakers[row].say("".join(piece.text for piece in own), tokens, own[-1].finished)
 
     def usage(self) -> dict[str, int]:
-        prompt = sum(map(len, self.prompts))
-        return {"prompt_tokens": prompt, "completion_tokens": self.written, "total_tokens": prompt + self.written}
+        prompt, written = sum(map(len, self.prompts)), sum(self.written)
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     async def whole(self, job: Job) -> dict[str, Any]:
         parts: list[list[dict[str, Any]]] = [[] for _ in self.speakers]
@@ -372,21 +429,21 @@ class Completions:
 
 
 def create_app(
-    engine: Engine, model: GPT, tokenizer: Tokenizer, name: str, *, max_rows: int, max_tokens: int, api_key: str = ""
+    engine: Engine, model: GPT, tokenizer: Tokenizer, name: str, limits: Limits, api_key: str = ""
 ) -> FastAPI:
-    """The API alone. `name` is the model's; at most `max_rows` texts a request, of `max_tokens` tokens each; where
-    there is an `api_key`, /v1 wants it as a bearer token."""
+    """The API alone. `name` is the model's; where there is an `api_key`, /v1 and /metrics want it as a bearer token."""
     quiet = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
     app = FastAPI(title="weiGPT", docs_url=None, redoc_url=None, telemetry=quiet)
-    app.add_middleware(BodyLimit)
+    metrics = Metrics(engine, limits.max_batch)
+    app.add_middleware(BodyLimit, limits)
+    app.add_middleware(Counted, metrics)  # around the one before
     created = int(time.time())
     bearer = HTTPBearer(auto_error=False)
 
     def authorized(key: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
         if api_key and not (key and hmac.compare_digest(key.credentials.encode(), api_key.encode())):
-            raise Failure(
-                401, "the API key is missing or wrong: expected Authorization: Bearer KEY", code="invalid_api_key"
-            )
+            message = "the API key is missing or wrong: expected Authorization: Bearer KEY"
+            raise Failure(401, message, code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})
 
     @app.exception_handler(Failure)
     async def failed(_: Request, error: Failure) -> Response:
@@ -411,7 +468,7 @@ def create_app(
     async def http(_: Request, error: HTTPException) -> Response:
         return Failure(error.status_code, str(error.detail), **(error.headers or {})).response()
 
-    responses = {status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 503)}
+    responses = {status: {"model": ErrorBody} for status in (400, 401, 404, 408, 413, 429, 503, 504)}
     guarded: dict[str, Any] = {"dependencies": [Depends(authorized)], "responses": responses}
 
     def about() -> dict[str, Any]:
@@ -423,9 +480,13 @@ def create_app(
 
     @app.get("/health", responses={503: {}})
     async def health() -> Response:
-        """Whether requests are taken; how many run and wait."""
-        state = {"status": "closing" if engine.closing else "ok", "running": int(engine.running is not None)}
+        """Whether requests are taken; how many run, with how many rows in the batch, and how many wait."""
+        state = {"status": "closing" if engine.closing else "ok", "running": len(engine.running), "rows": engine.rows}
         return answer(state | {"waiting": len(engine.queue), "open": len(engine.open)}, 503 if engine.closing else 200)
+
+    @app.get("/metrics", dependencies=[Depends(authorized)], include_in_schema=False)
+    async def measured() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models", **guarded)
     async def models() -> Response:
@@ -441,18 +502,23 @@ def create_app(
     @app.post("/v1/completions", **guarded | {"responses": answers})
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         check_name(asked.model)
-        if (asked.max_tokens or 0) > max_tokens:
-            raise Failure(400, f"max_tokens={asked.max_tokens}: at most {max_tokens:,} here", "max_tokens")
+        if (asked.max_tokens or 0) > limits.max_tokens:
+            raise Failure(400, f"max_tokens={asked.max_tokens}: at most {limits.max_tokens:,} here", "max_tokens")
         try:
-            engine.check_room()  # before the prompts are encoded, which costs more than to say no
-            made = await asyncio.to_thread(Completions, asked, model, tokenizer, name, max_rows)
-            job = engine.submit(made.work)
-            if asked.stream:
-                return EventStream(job, made.events(job))
-            with job:
-                return answer(await unless_hung_up(request.receive, made.whole(job)))
+            with too_late(limits.timeout):
+                async with time_left(request.scope, limits.timeout):
+                    engine.check_room()  # before the prompts are encoded, which costs more than to say no
+                    made = await asyncio.to_thread(Completions, asked, model, tokenizer, name, limits)
+                    job = engine.submit(made.work, len(made.speakers))
+                    if asked.stream:
+                        return EventStream(made, job, metrics, limits.timeout)
+                    with job:
+                        try:
+                            return answer(await unless_hung_up(request.receive, made.whole(job)))
+                        finally:
+                            metrics.ended(job, max(made.written))
         except HungUp:
-            return Response(status_code=499)
+            return Response(status_code=HUNG_UP)
         except Exception as error:
             raise failure_of(error) from None
 

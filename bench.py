@@ -1,5 +1,5 @@
-"""Measures training (tokens/s, time of an iteration, MFU, peak memory, time of the first step), or generation, or
-preparing a text.
+"""Measures training (tokens/s, time of an iteration, MFU, peak memory, time of the first step), generation,
+serving, or preparing a text.
 
     $ python bench.py
     $ python bench.py train --against=FOLDER                      # nanoGPT's model beside ours, step by step in turns
@@ -8,6 +8,7 @@ preparing a text.
     $ python bench.py --save
     $ python bench.py generate
     $ python bench.py generate --quantize=int8 --init_from=out-demo
+    $ python bench.py serve --init_from=out-demo --clients=1,16,64 --max_seconds=30 --hang_ups=200
     $ python bench.py prepare --input=novel.txt --copies=50
 
 Needs no dataset: without data/openwebtext it takes random tokens. A CPU gets a smaller batch, unless one is set.
@@ -15,7 +16,7 @@ Needs no dataset: without data/openwebtext it takes random tokens. A CPU gets a 
 
 from configurator import Config, UserError, configure, run
 
-what = "train"  # 'train', 'generate' or 'prepare', a word without dashes
+what = "train"  # 'train', 'generate', 'serve' or 'prepare', a word without dashes
 batch_size = 12  # sequences in an iteration; on a CPU 1, unless set; of generation 1 and this, or else 1, 8 and 32
 block_size = 1024  # tokens in a sequence
 batch_sizes = ""  # of training, several in place of batch_size, such as 4,8,16
@@ -46,10 +47,13 @@ dtype = "auto"  # 'auto', 'float32', 'bfloat16', 'float16'
 matmul = "auto"  # of training: 'auto', 'float32' or 'bfloat16' products of float32 matrices on a CPU
 compile = True  # torch.compile, where there is a compiler; on a CPU False, unless set
 profile = False  # print the ten hottest operations, and write a trace for a viewer into bench_log/
-max_new_tokens = 256  # of generation, after a short prompt
-num_rounds = 3  # how often all that generation is compared with is measured, in turns
-quantize = ""  # generate with 'int8' or 'bf16' weights, as sample.py does
-init_from = ""  # generate with the weights of an out_dir, a .pt file or a Hugging Face folder instead of random ones
+max_new_tokens = 256  # of generation and of serving, after a short prompt
+num_rounds = 3  # how often all that is compared is measured, in turns
+clients = "1,16,64"  # of serving, how many ask at once: each for max_seconds, in turns
+hang_ups = 0  # of serving, so many clients leave in the midst of a stream: what is left of them?
+serve_options = ""  # of serving, more keys of serve.py, such as '--max_batch=32 --max_waiting=100'
+quantize = ""  # generate and serve with 'int8' or 'bf16' weights, as sample.py does
+init_from = ""  # generate and serve with an out_dir, a .pt file or a Hugging Face folder instead of random weights
 transformers = False  # also measure generation by transformers
 against = ""  # a folder with nanoGPT, to measure its training, generation or preparing as well, in turns
 input = ""  # a text in UTF-8 to prepare; default: the stories that come with weiGPT
@@ -66,6 +70,7 @@ import torch
 
 import bench_generate
 import bench_prepare
+import bench_serve
 import bench_train
 import checkpoint
 from bench_train import circumstances, random_model
@@ -78,8 +83,8 @@ from quantize import check_quantize
 @memory_error_told()
 def main(c: Config) -> None:
     apply_size(c)
-    if c.what not in ("train", "generate", "prepare"):
-        raise UserError(f"what={c.what}: there are train, generate and prepare")
+    if c.what not in ("train", "generate", "serve", "prepare"):
+        raise UserError(f"what={c.what}: there are train, generate, serve and prepare")
     for key in ("num_steps", "num_rounds", "max_new_tokens"):
         if getattr(c, key) < 1:
             raise UserError(f"{key}={getattr(c, key)}: expected at least 1")
@@ -103,7 +108,12 @@ def main(c: Config) -> None:
     if c.what == "generate":
         bench_generation(c, say)
         return
-    figures = bench_train.measure(c, say)
+    if c.what == "serve":
+        check_quantize(c.quantize, c.device)
+        c.compile = False
+        figures = bench_serve.measure(c, say) | circumstances(c)
+    else:
+        figures = bench_train.measure(c, say)
     if c.json:
         print(dumps(figures))
 

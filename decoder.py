@@ -3,6 +3,7 @@
 Notable choices:
 - The blocks of model.py are what computes, the same that training uses; here is where their cache lies.
 - Rows are independent of each other: each may be at a position of its own, begin anew or rest.
+- Only the first rows of the cache are computed, as many as there are ids; where one ends, the last takes its place.
 """
 
 import itertools
@@ -18,22 +19,24 @@ import torch.nn.functional as F
 from model import GPT, MLP, Block, CausalSelfAttention, RMSNorm, embedded
 from ops import rms_norm
 
+LEAST = 32  # tokens for which a cache has room at first
+
 
 class Decoder:
     """A model that reads on from what it has read: each row's ids, and every layer's keys and values of them.
 
     The cache is two tensors [batch, n_head, time, head_dim] a layer, and with smear two [batch, 1, time, n_embd] of
-    what it has mixed, allocated once. Rows are independent of each other and may have different lengths. A position
-    does not slide: a row whose context is full goes on from its newer half, which is read again from position 0. So
-    half a context is read once for each half that is written, and up to `time` tokens nothing differs from reading the
-    whole row each time.
+    what it has mixed. It grows with what is read, twofold each time, up to `batch` rows of `time` tokens. Rows are
+    independent of each other and may have different lengths. A position does not slide: a row whose context is full
+    goes on from its newer half, which is read again from position 0. So half a context is read once for each half that
+    is written, and up to `time` tokens nothing differs from reading the whole row each time.
     """
 
     def __init__(self, model: GPT, batch: int, time: int, compiled: bool = False):
         """Room for `batch` rows of `time` tokens, at most block_size. Computes in the autocast that is on now.
 
-        `compiled`: torch.compile of the one-token pass, always over block_size, so that nothing is compiled again as
-        rows grow; on CUDA as a CUDA graph.
+        `compiled`: torch.compile of the one-token pass, always over all rows and block_size, so that nothing is
+        compiled again as rows come, go and grow; on CUDA as a CUDA graph.
         """
         c, weight = model.config, model.transformer.wte.weight
         self.model, self.device, self.time = model, weight.device, min(time, c.block_size)
@@ -41,10 +44,13 @@ class Decoder:
         kind = self.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        heads, whole = (batch, c.n_head, self.time, c.n_embd // c.n_head), (batch, 1, self.time, c.n_embd)
-        kinds = [(heads, dtype)] * 2 + [(whole, weight.dtype)] * 2 * bool(c.smear)
+        kinds = [(c.n_head, c.n_embd // c.n_head, dtype)] * 2 + [(1, c.n_embd, weight.dtype)] * 2 * bool(c.smear)
         # tensors of each layer's own: slices of a stacked one are copied, whole, by compiled code
-        self.layers = [[torch.zeros(s, dtype=d, device=self.device) for s, d in kinds] for _ in range(c.n_layer)]
+        self.layers = [
+            [torch.zeros(0, heads, 0, width, dtype=own, device=self.device) for heads, width, own in kinds]
+            for _ in range(c.n_layer)
+        ]
+        self.computed = self.layers  # the first rows of each
         self.read: list[list[int]] = [[] for _ in range(batch)]  # each row's ids, from where it was last read afresh
         self.lengths = [0] * batch  # tokens of each row that are in the cache
         on_cpu = kind == "cpu" and dtype == torch.float32
@@ -61,6 +67,7 @@ class Decoder:
         self.without_onednn = on_cpu and c.act == "gelu"
         self.compiled = _compiled("reduce-overhead" if kind == "cuda" else None) if compiled else None
         if compiled:
+            self._grow(batch, self.time)
             for tensor in itertools.chain(*self.layers):
                 torch._dynamo.mark_static_address(tensor)  # or CUDA graphs would copy the cache at each token
 
@@ -76,8 +83,10 @@ class Decoder:
         number = {prompt: n for n, prompt in enumerate(distinct)}
         which = self._tensor([number[tuple(prompt[-self.time :])] for prompt in prompts])
         t = max(map(len, distinct))
-        idx = self._tensor([[*prompt, *[0] * (t - len(prompt))] for prompt in distinct])  # what is padded sees, unseen
-        into = slice(None) if rows == list(range(len(self.lengths))) else self._tensor(rows)
+        # what is padded sees, unseen; of its own tokens, lest a number that is not finite come in from others
+        idx = self._tensor([[*prompt, *prompt[-1:] * (t - len(prompt))] for prompt in distinct])
+        self._grow(max(rows) + 1, t)
+        into = slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else self._tensor(rows)
 
         alike = len(distinct) == 1  # then one row is written to all
         x = _read(self.net, self.layers, idx, slice(t), _Whole(into, None if alike else which))
@@ -88,8 +97,8 @@ class Decoder:
 
     @torch.inference_mode()
     def decode(self, ids: Sequence[int | None]) -> torch.Tensor:
-        """Reads one more token in each row, but those with None, which rest: the next token's logits, [batch,
-        vocab_size], where those of resting rows mean nothing."""
+        """Reads one more token in each of the first len(ids) rows, but those with None, which rest: the next token's
+        logits, [len(ids), vocab_size], where those of resting rows mean nothing."""
         full = [row for row, id in enumerate(ids) if id is not None and self.lengths[row] == self.time]
         going = [row for row, id in enumerate(ids) if id is not None and self.lengths[row] < self.time]
         for row in full + going:
@@ -108,23 +117,59 @@ class Decoder:
             logits[self._tensor(full)] = again
         return logits
 
+    @torch.inference_mode()
+    def move(self, row: int, to: int) -> None:
+        """Puts a row, what it has read and where it is, in place of another, which is forgotten."""
+        n = self.lengths[to] = self.lengths[row]
+        self.read[to], self.read[row], self.lengths[row] = self.read[row], [], 0
+        for tensor in itertools.chain(*self.layers):
+            tensor[to, :, :n] = tensor[row, :, :n]
+
+    @torch.inference_mode()
+    def wipe(self, row: int) -> None:
+        """Forgets a row that holds numbers that are not finite: a mask would not keep them from who comes there."""
+        self.read[row], self.lengths[row] = [], 0
+        for tensor in itertools.chain(*self.layers):
+            tensor[row] = 0
+
+    def _grow(self, rows: int, time: int) -> None:
+        """Makes room for so many rows of so many tokens, where there is less."""
+        have, long = self.layers[0][0].size(0), self.layers[0][0].size(2)
+        if rows <= have and time <= long:
+            return
+        rows = have if rows <= have else min(max(rows, 2 * have), len(self.lengths))
+        time = long if time <= long else min(max(time, 2 * long, LEAST), self.time)
+        for layer in self.layers:  # one after the other: of one tensor alone are there two at a time
+            for n, old in enumerate(layer):
+                layer[n] = old.new_zeros(rows, old.size(1), time, old.size(3))
+                layer[n][:have, :, :long] = old
+        self.computed = self.layers
+
     def _decode(self, ids: Sequence[int | None], going: list[int]) -> torch.Tensor:
-        idx = self._tensor([[id or 0] for id in ids])  # [batch, 1]
-        positions = [min(length, self.time - 1) for length in self.lengths]  # resting rows write behind their end
         if self.compiled:
+            more = len(self.lengths) - len(ids)
+            idx = self._tensor([[id or 0] for id in (*ids, *[0] * more)])
+            positions = self._tensor([min(length, self.time - 1) for length in self.lengths])
             if self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
-            return self.compiled(self.model, self.layers, idx, self._tensor(positions)).clone()
-        at = self.lengths[going[0]]
-        if max(self.lengths) == at and all(self.lengths[row] == at for row in going):
+            return self.compiled(self.model, self.layers, idx, positions)[: len(ids)].clone()
+        idx = self._tensor([[id or 0] for id in ids])  # [rows, 1]
+        lengths = self.lengths[: len(ids)]
+        at = max(lengths)
+        if at == min(lengths) < self.time:
+            self._grow(len(ids), at + 1)
             where, place = slice(at, at + 1), _Same(at)
         else:
+            positions = [min(length, self.time - 1) for length in lengths]  # resting rows write behind their end
+            self._grow(len(ids), max(positions) + 1)
             where = self._tensor(positions)[:, None]
-            place = _Each(where[:, 0], max(positions) + 1)
+            place = _Each(where[:, 0], max(positions) + 1, self.layers[0][0].dtype, self.model.config.smear)
+        if self.computed[0][0].size(0) != len(ids):
+            self.computed = [[tensor[: len(ids)] for tensor in layer] for layer in self.layers]
         onednn = torch.backends.mkldnn.enabled
         try:
             torch.backends.mkldnn.enabled = onednn and not self.without_onednn
-            x = _read(self.net, self.layers, idx, where, place)
+            x = _read(self.net, self.computed, idx, where, place)
             return self.net.lm_head(self.net.ln_f(x))[:, 0]
         finally:
             torch.backends.mkldnn.enabled = onednn
@@ -193,27 +238,32 @@ class _Same:
 
 
 class _Each:
-    """One token in each row, at positions of their own, `positions` [batch], all below `seen`."""
+    """One token in each row, at positions of their own, `positions` [batch], all below `seen`; keys are of `dtype`, and
+    `smear` is the model's."""
 
-    def __init__(self, positions: torch.Tensor, seen: int):
-        self.positions, self.seen = positions, seen
+    def __init__(self, positions: torch.Tensor, seen: int, dtype: torch.dtype, smear: int):
+        self.positions, self.seen, self.dtype = positions, seen, dtype
         self.rows = torch.arange(len(positions), device=positions.device)
         self.distance = (positions[:, None] - torch.arange(seen, device=positions.device))[:, None, None]
-        self.before_it = self.distance >= 0  # [batch, 1, 1, seen]
+        self.masks: dict[int, torch.Tensor] = {}  # [batch, 1, 1, seen] for each window
+        if smear:
+            earlier = positions[:, None] - torch.arange(1, smear + 1, device=positions.device)  # [batch, smear]
+            self.earlier, self.there = earlier.clamp(min=0), (earlier >= 0)[:, :, None]
 
     def write(self, tensor: torch.Tensor, new: torch.Tensor, window: int = 0) -> torch.Tensor:
         tensor[self.rows, :, self.positions] = new[:, :, 0]
         return tensor[:, :, : self.seen]
 
     def mask(self, window: int) -> torch.Tensor:
-        return self.before_it & (self.distance < window) if window else self.before_it
+        if window not in self.masks:
+            seen = (self.distance >= 0) & (self.distance < window) if window else self.distance >= 0
+            # as numbers to add, which attention makes of it anyway, once for all layers
+            self.masks[window] = torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -torch.inf)
+        return self.masks[window]
 
     def before(self, read: torch.Tensor) -> Callable[[int], torch.Tensor]:
-        def before(n: int) -> torch.Tensor:
-            there = (self.positions >= n)[:, None]
-            return (read[self.rows, 0, (self.positions - n).clamp(min=0)] * there)[:, None]
-
-        return before
+        before = read[self.rows[:, None], 0, self.earlier] * self.there  # [batch, smear, n_embd]
+        return lambda n: before[:, n - 1, None]
 
 
 def _read(net, layers: list[list[torch.Tensor]], idx: torch.Tensor, where: slice | torch.Tensor, place):
@@ -234,7 +284,13 @@ def _decode_whole(model: GPT, layers: list, idx: torch.Tensor, positions: torch.
     CUDA graphs know to stay where they are."""
     own = model.transformer
     net = SimpleNamespace(wte=own.wte, wpe=own.wpe, rotation=model.rotation, h=own.h)
-    x = _read(net, layers, idx, positions[:, None], _Each(positions, layers[0][0].size(2)))
+    x = _read(
+        net,
+        layers,
+        idx,
+        positions[:, None],
+        _Each(positions, layers[0][0].size(2), layers[0][0].dtype, model.config.smear),
+    )
     return model.lm_head(own.ln_f(x))[:, 0]
 
 

@@ -1,8 +1,10 @@
-"""Decoding for many who ask at once: one piece of work at a time, the others wait in a queue of bounded length.
+"""Decoding for many who ask at once: what they ask for is written together, and who finds no room waits in a queue.
 
 Notable choices:
 - The main thread computes, and the event loop has another: a page and an API stay alive while a model writes. The other
   way round costs half of a small model's speed: in a thread that is not the first, OpenMP's go to sleep all the time.
+- A job opens with work of its own, in turn with the others' tokens, and then has rows in the batch, which come and go
+  between any two tokens. Jobs are admitted in the order in which they came: a large one is not overtaken.
 - A job is open from `submit` to the end of its `with` block, whose end stops it, whatever the reason: who hangs up
   leaves nothing behind. A job that waits leaves the queue at once, one that runs ends before its next token.
 """
@@ -12,150 +14,84 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from traceback import clear_frames
 from typing import Any
 
-GATHER = 0.02  # seconds in which results are gathered
-DONE = object()  # after the last result
-Work = Callable[[Callable[[], bool]], Iterator[Any]]  # takes a function that says whether to stop, yields results
+from generate import Batch, Rows
+from jobs import DONE, Closing, Full, Job, Post, Refused, Work
+from model import GPT
+from tokenizer import Tokenizer
 
-
-class Refused(Exception):
-    """No work is taken now. `retry_after`: seconds after which it may be."""
-
-    def __init__(self, message: str, retry_after: int):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Full(Refused):
-    """As many wait as may."""
-
-
-class Closing(Refused):
-    """The engine finishes what it has and takes no more."""
-
-
-class Job:
-    """Work that was taken: `async for` gives its results as they come, and raises what the work raised."""
-
-    def __init__(self, engine: "Engine", work: Work):
-        self.engine, self.work = engine, work
-        self.made: deque[Any] = deque()  # results on their way out of the thread
-        self.looking = False  # whether the event loop is going to look there
-        self.results: asyncio.Queue[list[Any]] = asyncio.Queue()  # those that came together
-        self.stopped = threading.Event()
-
-    def __enter__(self) -> "Job":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def stop(self) -> None:
-        """Ends the work; what it has given so far can still be read."""
-        self.stopped.set()
-        if self.engine.leave_queue(self):
-            self.results.put_nowait([DONE])
-
-    def close(self) -> None:
-        """Ends the work, if it has not ended, for a reader who has left."""
-        self.stop()
-        self.engine.open.discard(self)
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        async for group in self.groups():
-            for result in group:
-                yield result
-
-    async def groups(self) -> AsyncIterator[list[Any]]:
-        """The results, those that have come together at once."""
-        ended = None
-        while ended is None:
-            group, ended = await self._next()
-            if group:
-                yield group
-        if ended is not DONE:
-            raise ended
-
-    async def batches(self, seconds: float) -> AsyncIterator[list[Any]]:
-        """The results of each so many seconds, as they pass; of some there may be none."""
-        ended = None
-        while ended is None:
-            batch: list[Any] = []
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    while ended is None:
-                        group, ended = await self._next()
-                        batch += group
-            yield batch
-        if ended is not DONE:
-            raise ended
-
-    async def _next(self) -> tuple[list[Any], Any]:
-        """Results, and what ended them: None, DONE or an exception."""
-        group = await self.results.get()
-        ends = group[-1] is DONE or isinstance(group[-1], Exception)
-        return (group[:-1], group[-1]) if ends else (group, None)
-
-    def give(self, result: Any) -> None:
-        """Called by `Engine.run`. To wake the event loop for each token costs a tenth of a small model's speed."""
-        self.made.append(result)
-        if not self.looking or result is DONE:  # the end does not wait
-            self.looking = True
-            with suppress(RuntimeError):  # the event loop has ended, and nobody waits any more
-                self.engine.loop.call_soon_threadsafe(self._look)
-
-    def _look(self) -> None:
-        """Hands over what has come, and looks again soon; where nothing has, the thread calls."""
-        if not self.made:
-            self.looking = False
-            if not self.made:
-                return
-            self.looking = True  # something has come in between, and the thread did not call
-        self.results.put_nowait([self.made.popleft() for _ in range(len(self.made))])
-        self.engine.loop.call_later(GATHER, self._look)
+__all__ = ["Closing", "Engine", "Full", "Job", "Refused", "Work"]
+READ = 512  # tokens of prompts, or one prompt, that are read between two tokens of those who write
 
 
 class Engine:
     """The queue, and `run`, which computes what is in it, in `context` (a model's autocast). All else is to be called
     from one event loop only."""
 
-    def __init__(self, context: AbstractContextManager, max_waiting: int):
-        """`max_waiting`: jobs that may wait for the one that runs."""
-        self.context, self.max_waiting = context, max_waiting
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, context: AbstractContextManager, max_rows: int, max_waiting: int
+    ):
+        """`max_rows`: texts that are written together. `max_waiting`: jobs that may wait for room among them."""
+        self.context, self.max_rows, self.max_waiting = context, max_rows, max_waiting
+        self.batch = Batch(model, tokenizer, max_rows, read_at_once=READ)
         self.queue: deque[Job] = deque()
         self.open: set[Job] = set()  # submitted, and not yet left by whoever reads the results
-        self.running: Job | None = None
+        self.running: set[Job] = set()  # admitted, and not yet ended
+        self.opening: tuple[Job, Iterator[Any]] | None = None  # the one whose own work is being done
+        self.post = Post()
         self.seconds = 1.0  # what a job takes, a mean over the newest
         self.closing = self.ended = False
         self.changed = threading.Condition()
 
-    def submit(self, work: Work) -> Job:
-        """Takes work into the queue. Full or Closing where it is not taken."""
-        self.loop = asyncio.get_running_loop()
+    @property
+    def rows(self) -> int:
+        """Texts that are written now."""
+        return len(self.batch)
+
+    @property
+    def drawn(self) -> int:
+        """Tokens drawn since the start."""
+        return self.batch.drawn
+
+    @property
+    def read(self) -> int:
+        """Tokens of prompts that were read into the cache since the start; of equal prompts of a job but once."""
+        return self.batch.read
+
+    def submit(self, work: Work, rows: int = 1) -> Job:
+        """Takes work that is going to want so many rows. Full or Closing where it is not taken."""
+        self.post.to(asyncio.get_running_loop())
         with self.changed:
-            self.check_room()
-            job = Job(self, work)
+            self.check_room(rows)
+            job = Job(self, work, max(1, rows))
             self.open.add(job)
             self.queue.append(job)
             self.changed.notify()
         return job
 
-    def check_room(self) -> None:
-        """Full or Closing where work would not be taken now."""
+    def check_room(self, rows: int = 1) -> None:
+        """Full or Closing where work for so many rows would not be taken now."""
         if self.closing:
             raise Closing("the server is shutting down and takes no new requests", 5)
-        idle = self.running is None or self.running.stopped.is_set()  # what is stopped ends before its next token
-        if len(self.queue) - idle >= self.max_waiting:
-            wait = math.ceil(self.seconds * (len(self.queue) + 1))
-            raise Full(f"{len(self.queue)} requests are waiting already; try again in {wait} s", wait)
+        with self.changed:
+            going = [job.rows for job in self.running if not job.stopped.is_set()]  # who is stopped goes before a token
+            free, waiting = self.max_rows - sum(going), 0
+            for wanted in (*(job.rows for job in self.queue), max(1, rows)):
+                waits = waiting > 0 or wanted > free
+                free -= 0 if waits else wanted
+                waiting += waits
+        if waits and waiting > self.max_waiting:
+            wait = math.ceil(self.seconds * waiting / max(1, len(going)))
+            raise Full(f"{waiting - 1} requests are waiting already; try again in {wait} s", wait)
 
     def ahead(self, job: Job) -> int:
-        """How many jobs come before this one, the running one included; 0 once it runs."""
+        """How many jobs come before this one in the queue; 0 for the next one, and once it was admitted."""
         with self.changed:
-            return self.queue.index(job) + (self.running is not None) if job in self.queue else 0
+            return self.queue.index(job) if job in self.queue else 0
 
     def leave_queue(self, job: Job) -> bool:
         """Whether it was waiting, which it no longer is."""
@@ -182,39 +118,114 @@ class Engine:
         """Stops all work: `run` returns before its next result."""
         with self.changed:
             self.closing = self.ended = True
-            for job in (*self.open, *([self.running] if self.running else [])):
+            for job in (*self.open, *self.running):
                 job.stopped.set()
             self.queue.clear()
             self.changed.notify()
 
+    # ---- the thread that computes
+
     def run(self) -> None:
         """Computes, until `end` is called."""
-        while True:
-            with self.changed:
-                while not (self.queue or self.ended):
-                    self.changed.wait(0.2)  # without a timeout, Windows would not wake up for Ctrl-C
-                if self.ended:
-                    return
-                job = self.running = self.queue.popleft()
-            last = self._compute(job)
-            with self.changed:
-                self.running = None  # before its reader can ask for more
-            job.give(last)
-            del job, last  # or what they hold would stay until the next one comes
+        with self.context:
+            while self._wait():
+                self._dismiss()
+                self._open()
+                self._step()
+                self.post.call()
+            self._dismiss()
+            self.post.call()
 
-    def _compute(self, job: Job) -> Any:
-        """Runs a job; what is to be its last result, DONE or what it raised."""
-        begun = time.monotonic()
+    def _wait(self) -> bool:
+        """Returns once there is something to do; False where all is to end."""
+        with self.changed:
+            while not (self.queue or self.running or self.ended):
+                self.changed.wait(0.2)  # without a timeout, Windows would not wake up for Ctrl-C
+            return not self.ended
+
+    def _dismiss(self) -> None:
+        """Ends those who were stopped."""
+        for job in [job for job in self.running if job.stopped.is_set()]:
+            self.batch.leave(job)
+            self._end(job, DONE)
+
+    def _open(self) -> None:
+        """Goes on with the work that jobs open with, until some has given a result, and takes in who has room."""
+        while job := self._admitted():
+            try:
+                if self.opening is None:
+                    self.opening = job, iter(job.work(job.stopped.is_set))
+                self.post.give(job, next(self.opening[1]))
+                return
+            except StopIteration as ended:
+                self.opening = None
+                try:
+                    self._join(job, ended.value)
+                except Exception as error:
+                    self._end(job, error)
+            except BaseException as error:  # one request's, whose reader raises it; the next has nothing to do with it
+                self._end(job, _told(error))
+
+    def _admitted(self) -> Job | None:
+        """The job whose work is open, else the first of the queue, where there is room for it."""
+        if self.opening is not None:
+            return self.opening[0]
+        with self.changed:
+            held = sum(job.rows for job in self.running)
+            # what would never have room is admitted, and told so once it asks for it
+            if not self.queue or min(self.queue[0].rows, self.max_rows) > self.max_rows - held:
+                return None
+            job = self.queue.popleft()
+            self.running.add(job)
+        job.begun = time.monotonic()
+        return job
+
+    def _join(self, job: Job, rows: Rows | None) -> None:
+        if rows is None or not rows.prompts:
+            return self._end(job, DONE)
+        self.batch.join(job, rows)
+        job.work, job.rows = None, len(rows.prompts)
+
+    def _step(self) -> None:
+        """The next token of all."""
+        if not self.batch:
+            return
         try:
-            with self.context:
-                for result in job.work(job.stopped.is_set):
-                    job.give(result)
-                    if job.stopped.is_set():
-                        break
-            return DONE
-        except Exception as error:  # one request's, whose reader raises it; the next has nothing to do with it
-            return error
-        except BaseException as error:  # such as a panic in a tokenizer's Rust, which must not end all
-            return RuntimeError(f"{type(error).__name__}: {error}")
-        finally:
-            self.seconds += (time.monotonic() - begun - self.seconds) / 8
+            results = self.batch.step()
+        except BaseException as error:  # such as for want of memory
+            self._fail(_told(error))
+            return
+        for job, result in results:
+            if isinstance(result, Exception):
+                self._end(job, result)
+                continue
+            begins = job.first is None and len(result.tokens) > 0
+            if begins:
+                job.first = time.monotonic()
+            self.post.give(job, result, urgent=begins)
+            if result.finished:
+                job.rows -= 1
+                if not job.rows:
+                    self._end(job, DONE)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends all who have rows."""
+        clear_frames(error.__traceback__)  # whose tensors would live as long as a reader keeps the error
+        self.batch.clear()
+        for job in [job for job in self.running if job.work is None]:
+            self._end(job, error)
+
+    def _end(self, job: Job, last: Any) -> None:
+        """Nothing of a job stays. `last` is its last result: DONE, or what its reader is to raise."""
+        if self.opening is not None and self.opening[0] is job:
+            self.opening = None
+        job.work, job.rows = None, 0
+        with self.changed:
+            self.running.discard(job)  # before its reader can ask for more
+        self.seconds += (time.monotonic() - job.begun - self.seconds) / 8
+        self.post.give(job, last, urgent=True)
+
+
+def _told(error: BaseException) -> Exception:
+    """What a reader can raise of an error, such as a panic in a tokenizer's Rust, which must not end all."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,65 +1,27 @@
 """Sampling: from prompts to their continuations, as text that comes while it is made. Knows ids and text, not files.
 
 Notable choices:
-- Logits become a token by small functions, in the usual order: forbidden ids, repetition penalty, temperature, top_k,
-  top_p, min_p, and a draw.
-- What is random is a function of (seed, the sample's number, the token's number, the candidate's id), with no generator
-  whose state could differ: a sample is the same whatever company it is in, and on whatever device, but for rounding.
+- Texts that are asked for at different times, by whoever it is, are written together: rows of one cache, which come and
+  go between any two tokens.
 - Text leaves in whole characters: bytes of a half one wait, and so does what may be the beginning of a stop string.
 """
 
 import codecs
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from math import inf, isfinite, log
+from math import inf
+from typing import Any
 
 import torch
 
+from choose import STEP, Choice, Sampling, key_of, penalize
 from configurator import UserError
 from decoder import Decoder
-from model import GPT, derive_seed
+from model import GPT
 from tokenizer import Tokenizer
 
-GAMMA, MIX_1, MIX_2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # SplitMix64's
-STEP = 0xD1342543DE82EF95  # odd, and unrelated to GAMMA: a token's number moves the key, an id the place
-CANDIDATES = 1000  # the likeliest tokens nearly always hold top_p of the mass, and finding them is cheaper than sorting
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when a text ends. UserError where a number makes no sense."""
-
-    max_new_tokens: int = 500
-    temperature: float = 1.0  # 0 takes the likeliest token each time
-    top_k: int = 0  # only the k likeliest; 0 for all
-    top_p: float = 1.0  # only the likeliest that together have this probability (Holtzman et al. 2019)
-    min_p: float = 0.0  # only those at least this fraction as likely as the likeliest (Nguyen et al. 2024)
-    repetition_penalty: float = 1.0  # above 1: what is in the text already becomes less likely (Keskar et al. 2019)
-    stop: Sequence[str] = ()  # strings that end the text and are not part of it
-    stop_at_sentence: bool = False  # go on past max_new_tokens to the next of stop_chars, at most twice as far
-    stop_chars: str = "。！？!?.…\n"
-    seed: int = 1337
-
-    def __post_init__(self):
-        for name, low, high, expected in (
-            ("max_new_tokens", 0, inf, "0 or more"),
-            ("temperature", 0, inf, "0 (always the likeliest) or more"),
-            ("top_k", 0, inf, "0 (every token may come) or more"),
-            ("top_p", 5e-324, 1, "above 0, and at most 1 (every token may come)"),
-            ("min_p", 0, 1, "0 (every token may come) to 1"),
-            ("repetition_penalty", 1e-6, 1e6, "a millionth to a million; 1 is no penalty"),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high or value == inf:
-                raise UserError(f"{name}={value}: expected {expected}")
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise UserError(f"stop={self.stop!r}: expected strings of at least one character")
-
-    @property
-    def limit(self) -> int:
-        """Tokens in a text at most."""
-        return self.max_new_tokens * (2 if self.stop_at_sentence else 1)
+SHORT = 64  # tokens of a prompt up to which padding costs less than to read it by itself
 
 
 @dataclass(frozen=True)
@@ -117,69 +79,8 @@ def has_title(template: str) -> bool:
     return "{title}" in template.partition("{content}")[0]
 
 
-def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Divides the positive and multiplies the negative logits of what was `seen`, bool, both [rows, vocab_size]."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def keep_top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest logits and their ids, both [rows, k]."""
-    return logits.topk(min(k, logits.size(-1)))
-
-
-def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Logits [rows, n] with -inf for all but the likeliest that together have probability p; the likeliest stays."""
-    probs = logits.softmax(-1)
-    top = probs.topk(min(CANDIDATES, probs.size(-1))).values
-    if (top.sum(-1) < p).any():
-        top = probs.sort(-1, descending=True).values
-    kept = (top.cumsum(-1) - top < p).sum(-1, keepdim=True).clamp(min=1)  # [rows, 1]
-    return torch.where(probs < top.gather(-1, kept - 1), -inf, logits)
-
-
-def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Logits [rows, n] with -inf for those below p times the likeliest's probability."""
-    return torch.where(logits < logits.amax(-1, keepdim=True) + log(p), -inf, logits) if p > 0 else logits
-
-
-def draw(probs: torch.Tensor, keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Places [rows, 1] drawn from `probs` [rows, n] of the tokens `ids`, [rows, n] or [n], by the rows' `keys` [rows].
-
-    Each token has an exponential number of its own, -log(u), with u made of (key, id) by SplitMix64 (Steele et al.
-    2014), and the smallest -log(u) / probability wins. A rounding of the probabilities changes that only where two are
-    as good as equal, whereas an inverse cumulative distribution has an edge for every token that can move across the
-    number drawn.
-    """
-    x = keys[:, None] + ids * GAMMA  # [rows, n] int64, which wraps around as unsigned numbers do
-    x = (x ^ (x >> 30 & 2**34 - 1)) * MIX_1
-    x = (x ^ (x >> 27 & 2**37 - 1)) * MIX_2
-    x = x ^ (x >> 31 & 2**33 - 1)
-    u = ((x >> 12 & 2**52 - 1).double() + 0.5) * 2.0**-52  # never 0 nor 1
-    return (u.log() / probs).argmax(-1, keepdim=True)
-
-
-@torch.inference_mode()
-def choose(logits: torch.Tensor, s: Sampling, keys: torch.Tensor) -> torch.Tensor:
-    """The next ids [rows, 1] from logits [rows, vocab_size] and a random number a row, `keys` [rows] int64."""
-    ids = None
-    if s.top_k and s.temperature:  # first of all, so that what follows has k numbers a row to do with
-        logits, ids = keep_top_k(logits, s.top_k)
-    largest, at = logits.max(-1, keepdim=True)
-    _check_finite(largest)
-    if s.temperature == 0:
-        return at
-    ids = torch.arange(logits.size(-1), device=logits.device) if ids is None else ids
-    logits = (logits - largest) / max(s.temperature, 1e-20)
-    if s.top_p < 1:
-        logits = keep_top_p(logits, s.top_p)
-    if s.min_p > 0:
-        logits = keep_min_p(logits, s.min_p)
-    return ids.expand_as(logits).gather(-1, draw(logits.softmax(-1), keys, ids))
-
-
-def _check_finite(largest: torch.Tensor) -> None:
-    if not isfinite(largest.sum().item()):
-        raise UserError("the model's logits are not finite numbers: its training diverged, or dtype is too narrow")
+def _diverged() -> UserError:
+    return UserError("the model's logits are not finite numbers: its training diverged, or dtype is too narrow")
 
 
 @dataclass
@@ -222,6 +123,209 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Texts to be written: prompts as ids, and how they go on. Row k is sample first + k. `logprobs`: with each token
+    its log-probability and that many alternatives."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    first: int = 0
+    logprobs: int | None = None
+
+
+class Row:
+    """One of them, in a batch."""
+
+    def __init__(self, owner: Any, rows: Rows, number: int, tokenizer: Tokenizer):
+        self.owner, self.number, self.prompt, self.logprobs = owner, number, rows.prompts[number], rows.logprobs
+        self.sampling, self.writer = rows.sampling, Writer(tokenizer, rows.sampling)
+        self.sample, self.drawn = rows.first + number, 0  # its number, and tokens so far
+        self.newest = -1  # of which the id
+        self.seen: torch.Tensor | None = None  # what it has had, [vocab_size], where that is penalized
+        self.waiting: list[Token] = []  # that have no text yet
+
+    def take(self, token: Token) -> Piece | None:
+        """Goes on with a token: the piece that comes out, if any."""
+        self.newest = token.id
+        self.drawn += 1
+        text = self.writer.write(token.id)
+        self.waiting.append(token)
+        if not (text or self.writer.finished):
+            return None
+        tokens, self.waiting = tuple(self.waiting), []
+        return Piece(self.number, text, tokens, self.writer.finished)
+
+
+class Batch:
+    """Texts that are written together, a token of each at a step, over one cache: whoever owns some may join, and
+    leave, before any step. A text is the same in whatever company, but for the rounding of logits.
+
+    The rows that are being written are the first of the cache, which is there as long as there are any.
+    """
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, max_rows: int, *, compiled: bool = False, read_at_once: float = inf
+    ):
+        """`read_at_once`: of the prompts that wait, so many tokens are read in a step, or one prompt if it has more."""
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+        self.compiled, self.read_at_once = compiled, read_at_once
+        device = model.transformer.wte.weight.device
+        self.device = device if device.type != "mps" else torch.device("cpu")  # Metal has no float64
+        self.unknown = None
+        if tokenizer.unknown_id is not None:
+            self.unknown = torch.tensor([tokenizer.unknown_id], device=self.device)
+        self.read = self.drawn = 0  # tokens of prompts, equal ones that came together once, and tokens drawn
+        self.clear()
+
+    def __len__(self) -> int:
+        """Rows that are written or wait to be read."""
+        return len(self.rows) + len(self.coming)
+
+    def clear(self) -> None:
+        """All leave, and nothing stays."""
+        self.rows: list[Row] = []  # those of the cache
+        self.coming: deque[Row] = deque()
+        self.decoder: Decoder | None = None
+        self.plan: Plan | None = None  # until rows come or go
+
+    def join(self, owner: Any, rows: Rows) -> None:
+        """From the next step on these are written, too. ValueError where there is no room for them."""
+        if len(self) + len(rows.prompts) > self.max_rows:
+            raise ValueError(f"{len(rows.prompts)} rows beside {len(self)}: a batch has {self.max_rows} at most")
+        if not all(map(len, rows.prompts)):
+            raise ValueError("a prompt has no tokens")
+        self.coming += [Row(owner, rows, number, self.tokenizer) for number in range(len(rows.prompts))]
+
+    def leave(self, owner: Any) -> None:
+        """Ends its rows as they are."""
+        self.coming = deque(row for row in self.coming if row.owner is not owner)
+        self._end([place for place, row in enumerate(self.rows) if row.owner is owner])
+
+    def step(self) -> list[tuple[Any, Piece | UserError]]:
+        """The next token of each row: the pieces that come out, each with the owner. One whose model diverged gets a
+        UserError, and has left. After any error that is raised, the batch must be cleared."""
+        results: list[tuple[Any, Piece | UserError]] = []
+        logits = [self.decoder.decode([row.newest for row in self.rows])] if self.rows else []
+        for group in alike(self._next(results)):
+            self.plan = None
+            self.decoder = self.decoder or Decoder(
+                self.model, self.max_rows, self.model.config.block_size, self.compiled
+            )
+            places = list(range(len(self.rows), len(self.rows) + len(group)))
+            logits.append(self.decoder.prefill([row.prompt for row in group], places))
+            self.read += sum(map(len, {tuple(row.prompt[-self.decoder.time :]) for row in group}))
+            self.rows += group
+        if not self.rows:
+            return results
+        self.plan = self.plan or Plan(self.rows, self.tokenizer.vocab_size, self.device)
+        tokens = self.plan.draw(logits[0] if len(logits) == 1 else torch.cat(logits), self.unknown)
+        ended, failed = [], {}
+        for place, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            if token.id < 0:
+                self.decoder.wipe(place)
+                failed[id(row.owner)] = row.owner
+                continue
+            self.drawn += 1
+            if piece := row.take(token):
+                results.append((row.owner, piece))
+                if piece.finished:
+                    ended.append(place)
+        self._end(ended)
+        if failed:
+            results = [result for result in results if id(result[0]) not in failed]
+        for owner in failed.values():
+            self.leave(owner)
+            results.append((owner, _diverged()))
+        return results
+
+    def _next(self, results: list) -> list[Row]:
+        """Those whose prompts are read now; what is to have no token at all ends here."""
+        rows, known, tokens = [], set(), 0
+        while self.coming:
+            row = self.coming[0]
+            if row.sampling.limit == 0:
+                results.append((row.owner, Piece(row.number, "", (), "length")))
+            else:
+                new = 0 if (prompt := tuple(row.prompt)) in known else min(len(prompt), self.model.config.block_size)
+                if rows and new and tokens + new > self.read_at_once:
+                    break
+                known.add(prompt)
+                tokens += new
+                rows.append(row)
+            self.coming.popleft()
+        return rows
+
+    def _end(self, places: list[int]) -> None:
+        """Takes rows out; what then is the last one of the cache comes into each one's place."""
+        for place in reversed(places):
+            last = self.rows.pop()
+            if place < len(self.rows):
+                self.rows[place] = last
+                self.decoder.move(len(self.rows), place)
+            self.plan = None
+        if not self.rows:
+            self.decoder = None
+
+
+def alike(rows: list[Row]) -> list[list[Row]]:
+    """Rows whose prompts are read together: what the longest one of some is, the others are padded to."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: -len(row.prompt)):
+        if groups and (len(groups[-1][0].prompt) <= max(SHORT, 2 * len(row.prompt))):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+class Plan:
+    """What drawing needs of a batch's rows, as tensors, which are made anew only when rows come or go."""
+
+    def __init__(self, rows: Sequence[Row], vocab_size: int, device: torch.device):
+        self.vocab_size = vocab_size
+        self.choice = Choice([row.sampling for row in rows], device)
+        self.keys = torch.tensor([key_of(row.sampling.seed, row.sample, row.drawn) for row in rows], device=device)
+        penalized = [row for row in rows if row.sampling.repetition_penalty != 1]
+        self.penalty = self.seen = None
+        if penalized:
+            for row in penalized:
+                if row.seen is None:
+                    row.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+                    row.seen[torch.tensor(row.prompt, device=device)] = True
+            nothing = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self.seen = torch.stack([nothing if row.seen is None else row.seen for row in rows])  # [rows, vocab_size]
+            for row, seen in zip(rows, self.seen, strict=True):
+                row.seen = None if row.seen is None else seen
+            self.penalty = torch.tensor([[float(row.sampling.repetition_penalty)] for row in rows], device=device)
+        self.told = {place: row.logprobs for place, row in enumerate(rows) if row.logprobs is not None}
+        self.places = None if len(self.told) == len(rows) else torch.tensor(list(self.told), device=device)
+
+    @torch.inference_mode()
+    def draw(self, logits: torch.Tensor, unknown: torch.Tensor | None) -> list[Token]:
+        """The next token of each row, from logits [rows, the model's vocab_size]; the id is -1 where they are not
+        finite. Each call draws the token after the one before."""
+        raw = logits.to(self.keys.device, torch.float32)
+        logits = raw[:, : self.vocab_size]  # what a model's vocabulary is padded with has no text
+        if unknown is not None:
+            logits = logits.index_fill(1, unknown, -inf)
+        if self.seen is not None:
+            logits = penalize(logits, self.seen, self.penalty)
+        chosen = self.choice(logits, self.keys)  # [rows]
+        self.keys += STEP - 2**64  # the same as a signed number
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen.clamp(min=0)[:, None], True)
+        tokens = list(map(Token, chosen.tolist()))
+        if self.told:
+            of = slice(None) if self.places is None else self.places
+            most = max(self.told.values())
+            told = _with_logprobs(raw[of], chosen[of, None].clamp(min=0), most, self.vocab_size)
+            for (place, alternatives), token in zip(self.told.items(), told, strict=True):
+                if tokens[place].id >= 0:
+                    tokens[place] = Token(token.id, token.logprob, token.top[:alternatives])
+        return tokens
+
+
 def stream(
     model: GPT,
     tokenizer: Tokenizer,
@@ -233,59 +337,25 @@ def stream(
     compiled: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Piece]:
-    """Continues all prompts, texts or ids, at once and yields pieces of their texts as they come, rows in turn; each
-    row ends for itself. A row's pieces are the continuation alone.
+    """Continues all prompts, texts or ids, at once and yields pieces of their texts as they come; each row ends for
+    itself. A row's pieces are the continuation alone.
 
     Row k is sample first + k. `logprobs`: with each token its log-probability and that many alternatives. A prompt
     longer than the context is read from where its newest block_size tokens begin. `stopped` is asked before each token
     and ends all rows as they are. UserError for a model that diverged.
     """
-    s, rows = sampling, range(len(prompts))
-    encoded = {
-        prompt: prompt_ids(tokenizer, prompt) for prompt in dict.fromkeys(p for p in prompts if isinstance(p, str))
-    }
+    texts = dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str))
+    encoded = {text: prompt_ids(tokenizer, text) for text in texts}
     ids = [encoded[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    if s.limit == 0 or not ids:
-        yield from (Piece(row, "", (), "length") for row in rows)
-        return
-    decoder = Decoder(model, len(ids), max(map(len, ids)) + s.limit, compiled)
-    logits = decoder.prefill(ids)
-    device = logits.device if logits.device.type != "mps" else torch.device("cpu")
-    keys = torch.tensor([derive_seed(s.seed, first + row) for row in rows], device=device)
-    unknown = None if tokenizer.unknown_id is None else torch.tensor([tokenizer.unknown_id], device=device)
-    seen = torch.zeros(len(ids), tokenizer.vocab_size, dtype=torch.bool, device=device)
-    if s.repetition_penalty != 1:
-        for row in rows:
-            seen[row, ids[row]] = True
-    writers = [Writer(tokenizer, s) for _ in rows]
-    waiting: list[list[Token]] = [[] for _ in rows]
-    for n in count():
-        raw = logits.float() if logits.device.type != "mps" else logits.float().cpu()  # Metal has no float64
-        logits = raw[:, : tokenizer.vocab_size]  # what a model's vocabulary is padded with has no text
-        if unknown is not None:
-            logits = logits.index_fill(1, unknown, -inf)
-        if s.repetition_penalty != 1:
-            logits = penalize(logits, seen, s.repetition_penalty)
-        chosen = choose(logits, s, keys + (n * STEP % 2**64 - 2**63))
-        if s.repetition_penalty != 1:
-            seen.scatter_(1, chosen, True)
-        drawn = chosen[:, 0].tolist()
-        tokens = (
-            [Token(id) for id in drawn]
-            if logprobs is None
-            else _with_logprobs(raw, chosen, logprobs, tokenizer.vocab_size)
-        )
-        for row, writer in enumerate(writers):
-            if writer.finished:
-                continue
-            waiting[row].append(tokens[row])
-            text = writer.write(drawn[row])
-            if text or writer.finished:
-                yield Piece(row, text, tuple(waiting[row]), writer.finished)
-                waiting[row].clear()
-        if all(writer.finished for writer in writers) or stopped():
+    batch = Batch(model, tokenizer, len(ids), compiled=compiled)
+    batch.join(None, Rows(ids, sampling, first, logprobs))
+    while batch:
+        for _, result in batch.step():
+            if isinstance(result, UserError):
+                raise result
+            yield result
+        if batch and stopped():
             return
-        logits = decoder.decode([None if writer.finished else id for id, writer in zip(drawn, writers, strict=True)])
 
 
 @torch.inference_mode()
@@ -315,7 +385,8 @@ def score(model: GPT, ids: Sequence[int], alternatives: int, vocab_size: int) ->
             break
         idx = torch.tensor([window], device=device)
         logits = model(idx[:, :-1], idx[:, 1:])[0][0, new:].float()  # [tokens, vocab_size]
-        _check_finite(logits.amax(-1))
+        if not logits.amax(-1).isfinite().all():
+            raise _diverged()
         tokens += _with_logprobs(logits, idx[0, new + 1 :, None], alternatives, vocab_size)
     return tokens
 

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from html import escape
@@ -27,7 +27,7 @@ from fastapi import FastAPI
 from chat import ChatTokenizer
 from configurator import UserError, tell
 from engine import Engine, Full, Job, Refused, Work
-from generate import Piece, Sampling, Token, beginning, has_title, score, stream, titled
+from generate import Rows, Sampling, Token, beginning, has_title, score, titled
 from history import History, thinned
 from markup import coloured, said
 from model import GPT
@@ -174,7 +174,7 @@ class Page:
                     event.then(self.talk.look, [self.talk.messages, lang], self.talk.shown, **soon)
             switched.then(**look)
             blocks.unload(self.leave)
-        blocks.max_threads += self.engine.max_waiting  # events at a time: who waits to write is one
+        blocks.max_threads += self.engine.max_rows + self.engine.max_waiting  # events at a time: who writes is one
         blocks.queue()
         return blocks
 
@@ -289,10 +289,10 @@ class Page:
     # ---- the work
 
     @contextmanager
-    def job(self, work: Work, request: gr.Request) -> Iterator[Job]:
+    def job(self, work: Work, request: gr.Request, rows: int = 1) -> Iterator[Job]:
         """The work of this page, in place of what it did before."""
         self.stop(request)
-        with self.engine.submit(work) as job:
+        with self.engine.submit(work, rows) as job:
             self.jobs[request.session_hash] = job
             try:
                 yield job
@@ -385,13 +385,12 @@ class Page:
                 seconds = time.perf_counter() - begun
                 return said_in["figures"].format(seconds=seconds, tokens=tokens, seed=drawn.seed) + unseen
 
-            def work(stopped) -> Iterator[int | Piece]:
+            def work(_) -> Generator[int, None, Rows]:
                 prompt = ids()
                 yield len(prompt)
-                rows = [prompt] * len(texts)
-                yield from stream(self.model, self.tokenizer, rows, drawn, first=first, stopped=stopped)
+                return Rows([prompt] * len(texts), drawn, first)
 
-            with self.job(work, request) as job:
+            with self.job(work, request, len(texts)) as job:
                 yield said(said_in["running"] + figures()), list(texts)
                 async for batch in job.batches(EVERY):
                     if batch and isinstance(batch[0], int):
@@ -404,8 +403,9 @@ class Page:
                     if time.perf_counter() < due:
                         continue
                     now = said_in["running"] + figures()
-                    if ahead := self.engine.ahead(job):
-                        now = said_in["waiting"].format(ahead=ahead, seconds=time.perf_counter() - begun)
+                    if job.begun is None:
+                        ahead, seconds = self.engine.ahead(job), time.perf_counter() - begun
+                        now = said_in["waiting"].format(ahead=ahead, seconds=seconds)
                     yield said(now), [texts[k] if k in grown else gr.skip() for k in range(len(texts))]
                     grown, due = set(), time.perf_counter() + DRAW * sum(map(len, texts))
                 ended = said_in["stopped" if job.stopped.is_set() else "done"]

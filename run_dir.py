@@ -189,7 +189,8 @@ class RunDir(Background):
 
     def _write(self, whole: dict[str, Any], ckpt: dict[str, Any] | None, numbered_kept: int) -> None:
         self.log.sync()  # a state must not be ahead of the log: resuming writes no line that is before it
-        last, two = self.folder / "last.pt", "last.pt" in self.own
+        last = self.folder / "last.pt"
+        two = "last.pt" in self.own and last.is_file()
 
         def save_last() -> None:
             save(last, whole, self.folder / "last.prev.pt" if two else None)

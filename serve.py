@@ -5,8 +5,8 @@
     $ python serve.py --out_dir=out-demo --host=0.0.0.0 --api_key=SECRET
 
 Then http://127.0.0.1:8000 is the page. It needs no network: nothing comes from elsewhere, and nobody is told anything.
-The API is at http://127.0.0.1:8000/v1, for `openai.OpenAI(base_url=..., api_key=...)` and the like. Ctrl-C ends it. The
-weights are those that were there at the start, also where training goes on.
+The API is at http://127.0.0.1:8000/v1, for `openai.OpenAI(base_url=..., api_key=...)` and the like, and /metrics is for
+Prometheus. Ctrl-C ends it. The weights are those that were there at the start, also where training goes on.
 """
 
 from configurator import Config, UserError, configure, note, run
@@ -19,10 +19,16 @@ host = "127.0.0.1"  # this machine alone; 0.0.0.0 for all who can reach it
 port = 8000  # 0 for any that is free
 api_key = ""  # what clients must send as a bearer token, and people type as the password to see the page
 # How much at once
-max_waiting = 64  # requests that wait while one is answered; more are refused
-max_samples = 16  # texts that a request may ask for
-max_tokens = 2048  # tokens in each
+max_batch = 16  # texts that are written at once, in one batch, of all requests; as many as memory has room for
+max_waiting = 64  # requests that wait for a place in it; more are refused
 grace = 30.0  # seconds in which what was accepted may still be finished, after SIGTERM or Ctrl-C
+# What a request may be
+max_samples = 16  # texts that it may ask for, at most max_batch
+max_tokens = 2048  # tokens in each
+max_prompt = 16384  # tokens in a prompt; the model's context is a limit besides
+max_body = 2**20  # bytes
+body_timeout = 30.0  # seconds in which it must have been sent
+timeout = 600.0  # seconds in which it must have been answered, waiting included; then it is broken off
 # How it is computed
 quantize = ""  # 'int8' (CPUs) or 'bf16': a quarter or half of the bytes to read for a token; for large models
 device = "auto"  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
@@ -36,6 +42,7 @@ import os
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import checkpoint
@@ -44,9 +51,18 @@ from engine import Engine
 
 
 def check(c: Config) -> None:
-    for key, least in (("max_waiting", 0), ("max_samples", 1), ("max_tokens", 1), ("grace", 0)):
-        if getattr(c, key) < least:
-            raise UserError(f"{key}={getattr(c, key)}: expected at least {least}")
+    least = {"max_waiting": 0, "grace": 0, "max_body": 1024}
+    for key in ("max_batch", "max_waiting", "max_samples", "max_tokens", "max_prompt", "max_body", "grace"):
+        if getattr(c, key) < least.get(key, 1):
+            raise UserError(f"{key}={getattr(c, key)}: expected at least {least.get(key, 1)}")
+    for key in ("body_timeout", "timeout"):
+        if getattr(c, key) <= 0:
+            raise UserError(f"{key}={getattr(c, key)}: expected seconds, more than 0")
+    if c.max_samples > c.max_batch:
+        raise UserError(
+            f"max_samples={c.max_samples}: expected at most max_batch={c.max_batch}, for a request's texts are written "
+            "at once"
+        )
     if not 0 <= c.port < 65536:
         raise UserError(f"port={c.port}: expected 0 (any that is free) to 65535")
     if not (c.api_key.isascii() and c.api_key.isprintable() and " " not in c.api_key):
@@ -126,7 +142,8 @@ def main(c: Config) -> None:
     try:
         import uvicorn
 
-        from api import create_app
+        from api import Limits, create_app
+        from connection import let_go_of_who_reads_nothing, patient
         from page import mount_page
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install -r requirements-web.txt") from error
@@ -134,13 +151,17 @@ def main(c: Config) -> None:
 
     if not (is_this_machine(c.host) or c.api_key):
         note(f"warning: host={c.host}: whoever can reach this machine can use the model; --api_key=KEY asks for a key")
-    engine = Engine(autocast(c.device, c.dtype), c.max_waiting)
+    engine = Engine(model, tokenizer, autocast(c.device, c.dtype), c.max_batch, c.max_waiting)
     name = c.name or folder_of(c).resolve().name or "model"
-    limits = {"max_rows": c.max_samples, "max_tokens": c.max_tokens, "api_key": c.api_key}
-    app = create_app(engine, model, tokenizer, name, **limits)
-    app = mount_page(app, engine, model, tokenizer, template, name, folder_of(c), **limits)
-    # once the work is done, what is still open are pages that listen for news
-    how = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    limits = Limits(**{field.name: getattr(c, field.name) for field in fields(Limits)})
+    app = create_app(engine, model, tokenizer, name, limits, c.api_key)
+    of_the_page = {"max_rows": c.max_samples, "max_tokens": c.max_tokens, "api_key": c.api_key}
+    app = mount_page(app, engine, model, tokenizer, template, name, folder_of(c), **of_the_page)
+    let_go_of_who_reads_nothing(listener, 2 * c.timeout)  # later than who breaks a stream off
+    how = uvicorn.Config(
+        app, log_level="warning", access_log=False, http=patient(c.body_timeout), ws="none",
+        timeout_graceful_shutdown=1,  # once the work is done, what is still open are pages that listen for news
+    )  # fmt: skip
     server, signals = uvicorn.Server(how), []
 
     def leave(number: int, _: object) -> None:

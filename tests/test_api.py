@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 def url(folder) -> str:
     with serving("--out_dir=out", cwd=folder, env={"WEIGPT_TEST_SECRET": SECRET}) as served:
         yield served.url
-        assert served.health() == {"status": "ok", "running": 0, "waiting": 0, "open": 0}
+        assert served.health() == {"status": "ok", "running": 0, "rows": 0, "waiting": 0, "open": 0}
         assert "Traceback" not in "".join(served.said)
 
 
@@ -412,10 +412,23 @@ def test_a_key_is_asked_for_where_there_is_one(folder):
                 with pytest.raises(openai.AuthenticationError) as error:
                     ask()
                 assert error.value.code == "invalid_api_key" and SECRET not in str(error.value)
-        for headers in ({}, {"Authorization": SECRET}, {"Authorization": "Basic eDp4"}, {"Authorization": "Bearer é"}):
-            raw = {key: value.encode("latin-1") for key, value in headers.items()}
-            answer = httpx.get(f"{served.url}/v1/models", headers=raw, trust_env=False)
-            assert answer.status_code == 401 and "Bearer" in answer.json()["error"]["message"]
+        wrong = [SECRET.encode(), b"Basic eDp4", b"Bearer", b"Bearer \xe9", "Bearer 钥匙".encode(), b"\xff"]
+        wrong += [f"Bearer {SECRET}é".encode(), f"Bearer {SECRET[:-1]}".encode() + b"\xe9"]
+        for headers in ({}, *({"Authorization": each} for each in wrong)):
+            for path in ("/v1/models", "/v1/completions", "/v1/nowhere", "/metrics"):
+                method = "POST" if path.endswith("completions") else "GET"
+                answer = httpx.request(method, served.url + path, headers=headers, trust_env=False)
+                if path == "/v1/nowhere":  # whose absence is no secret
+                    assert answer.status_code == 404
+                    continue
+                assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer", (path, headers)
+                assert "Bearer" in answer.json()["error"]["message"] and SECRET[:-1] not in answer.text
+        for password in ("é", "钥匙", "\0", SECRET[:-1], SECRET + "é"):
+            answer = httpx.post(f"{served.url}/login", data={"username": "me", "password": password}, trust_env=False)
+            assert answer.status_code == 400 and SECRET[:-1] not in answer.text, (password, answer.text)
+        answer = httpx.post(f"{served.url}/login", data={"username": "é", "password": SECRET}, trust_env=False)
+        assert answer.status_code == 200
+        assert "Traceback" not in "".join(served.said) and SECRET not in "".join(served.said)
         assert texts(complete(client_of(served.url, SECRET), prompt="a", model="endless"))[0]
         assert served.health()["status"] == "ok"  # which needs none
 
@@ -445,7 +458,9 @@ def test_a_full_queue_is_told_and_who_waits_is_answered(folder):
                     complete(client, **asked, stream=stream)
                 assert error.value.code == "queue_full"
                 assert int(error.value.response.headers["Retry-After"]) >= 1
-            assert served.health() == {"status": "ok", "running": 1, "waiting": 2, "open": 3} and not answers
+            assert (
+                served.health() == {"status": "ok", "running": 1, "rows": 16, "waiting": 2, "open": 3} and not answers
+            )
         for thread in asking:
             thread.join(60)
         assert len(answers) == 2 and answers[0] == answers[1] == texts(complete(client, **asked))
@@ -465,7 +480,7 @@ def test_a_model_that_diverged_is_told_and_harms_nobody(folder):
             with pytest.raises(openai.APIError, match="not finite"):
                 list(complete(client, prompt="ab", model="diverged", **more, stream=True))
         assert texts(complete(client, prompt="ab", model="diverged", echo=True, max_tokens=0)) == ["ab"]
-        assert served.health() == {"status": "ok", "running": 0, "waiting": 0, "open": 0}
+        assert served.health() == {"status": "ok", "running": 0, "rows": 0, "waiting": 0, "open": 0}
 
 
 # requests that no client sends

@@ -42,7 +42,7 @@ def test_without_a_datasets_validation_split_there_is_no_perplexity(tmp_path):
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (["generat"], "there are train, generate and prepare"),
+        (["generat"], "there are train, generate, serve and prepare"),
         (["generate", "--num_rounds=0"], "num_rounds=0"),
         (["generate", "--against=nowhere"], "no model.py"),
         (["generate", "--quantize=int1"], "int8, bf16"),

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from decoder import Decoder
+from decoder import LEAST, Decoder
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -140,11 +140,76 @@ def test_greedy_equals_transformers_with_its_own_cache(tmp_path):
     assert ours.generate(x, 50, temperature=0).tolist() == reference.tolist()
 
 
-def test_the_cache_is_one_tensor_a_layer_and_no_longer_than_needed():
-    model = random_model(1)
-    decoder = Decoder(model, batch=3, time=20)
-    assert [t.shape for layer in decoder.layers for t in layer] == [(3, 4, 20, 8)] * 4
-    assert Decoder(model, batch=1, time=1000).time == model.config.block_size
+def sizes(decoder: Decoder) -> set[torch.Size]:
+    return {tensor.shape for layer in decoder.layers for tensor in layer}
+
+
+def test_the_cache_is_one_tensor_a_layer_that_grows_twofold_up_to_what_is_needed():
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=101, block_size=200)).eval()
+    decoder = Decoder(model, 7, 150)
+    assert sizes(decoder) == {(0, 4, 0, 8)}
+    decoder.prefill([[1, 2]])
+    assert sizes(decoder) == {(1, 4, LEAST, 8)} and len(decoder.layers) == 2
+    found = []
+    for id in range(160):
+        decoder.decode([id % 101])
+        (size,) = sizes(decoder)
+        found += [size[2]] if found[-1:] != [size[2]] else []
+    assert found == [LEAST, 2 * LEAST, 4 * LEAST, 150]
+    for row in range(1, 7):
+        decoder.prefill([[row]], [row])
+        assert sizes(decoder) == {((1, 2, 4, 4, 7, 7, 7)[row], 4, 150, 8)}
+    assert Decoder(model, batch=1, time=1000).time == 200
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_as_many_rows_are_computed_as_there_are_ids_and_the_last_takes_the_place_of_one_that_ends(number):
+    """Rows come at any time and the first one ends every few tokens; each is the same prompt alone."""
+    model, counted, computed = random_model(number), 0, []
+    vocab_size, n = model.config.vocab_size, model.config.block_size
+    model.transformer.ln_f.register_forward_hook(lambda _, args, y: computed.append(len(y)))
+    decoder, rows, ended = Decoder(model, 4, n), [], []
+    decoder.net.ln_f = model.transformer.ln_f  # which the hook is on
+    ids: list[int] = []
+    for step in range(3 * n + 20):
+        if ids:
+            computed.clear()
+            logits = decoder.decode(ids)
+            assert len(logits) == len(ids) and max(computed) <= len(ids)
+            ids = logits.argmax(-1).tolist()
+        if len(rows) < 4 and step % 2 == 0:
+            prompt = [(7 * step + k) % vocab_size for k in range(1 + step % (n + 2))]
+            ids.append(decoder.prefill([prompt], [len(rows)]).argmax(-1).item())
+            rows.append((prompt, list(prompt)))
+        for (_, row), id in zip(rows, ids, strict=True):
+            row.append(id)
+        if step % 5 == 4:
+            last = len(rows) - 1
+            ended.append(rows[0])
+            if last:
+                decoder.move(last, 0)
+                rows[0], ids[0] = rows[last], ids[last]
+            rows.pop(), ids.pop()
+    for prompt, row in ended + rows:
+        reference, margins = uncached(model, prompt, len(row) - len(prompt))
+        counted += ties(row, reference, margins)
+    assert len(ended) > 3 and counted <= 1
+
+
+def test_numbers_that_are_not_finite_stay_in_their_row_and_go_with_it():
+    model = GPT(GPTConfig(**SHAPES[1], tied=False)).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight[7] = torch.nan
+    decoder, alone = Decoder(model, 2, 33), Decoder(model, 1, 33)
+    logits = decoder.prefill([[1, 2, 3], [4, 7, 5, 6, 8, 9]])
+    torch.testing.assert_close(logits[0], alone.prefill([[1, 2, 3]])[0])
+    assert logits[1].isnan().all() and decoder.decode([4, 5]).isnan().any(-1).tolist() == [False, True]
+    decoder.wipe(1)
+    decoder.prefill([[4, 5]], [1])
+    alone.prefill([[4, 5]])
+    logits = decoder.decode([5, 6])
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[1], alone.decode([6])[0])
 
 
 def test_a_full_context_is_read_again_once_for_each_half():
@@ -167,6 +232,12 @@ def test_autocast_decides_the_cache_and_the_models_mode_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         assert Decoder(model, 1, 8).layers[0][0].dtype == torch.bfloat16
         assert model.generate(torch.tensor([prompt]), new, temperature=0).shape == expected.shape
+        decoder, alone = Decoder(model, 2, 40), Decoder(model, 1, 40)
+        decoder.prefill([[1, 2, 3, 4], [5]])
+        alone.prefill([[5]])
+        for id in range(9):  # rows of different lengths
+            together, single = decoder.decode([7, id]), alone.decode([id])
+        torch.testing.assert_close(together[1:].float(), single.float(), atol=0.3, rtol=0.05)
     dropping = GPT(GPTConfig(**SHAPES[2], dropout=0.5))
     dropping.load_state_dict(model.state_dict())
     assert torch.equal(dropping.train().generate(torch.tensor([prompt]), new, temperature=0), expected)

@@ -1,25 +1,26 @@
 import codecs
+import gc
 import math
 import os
 import random
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 
+from choose import Choice, draw, keep_min_p, keep_top_k, keep_top_p, key_of, penalize
 from configurator import UserError
 from generate import (
-    STEP,
+    SHORT,
+    Batch,
+    Rows,
     Sampling,
     Writer,
+    alike,
     beginning,
-    choose,
     continuations,
-    draw,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalize,
     prompt_ids,
     score,
     stream,
@@ -84,6 +85,11 @@ def said(tokenizer, text: str, **more) -> str:
 # choosing a token
 
 
+def choose(logits: torch.Tensor, sampling: Sampling, keys: torch.Tensor) -> torch.Tensor:
+    """The next ids [rows], all chosen alike."""
+    return Choice([sampling] * len(keys), logits.device)(logits, keys)
+
+
 def test_filters_are_those_of_transformers():
     """Each alone on random logits, against the same filter there; ties are not to be expected."""
     from transformers.generation import logits_process as theirs
@@ -93,9 +99,9 @@ def test_filters_are_those_of_transformers():
     flat = logits / 8  # most tokens are needed for most of the mass
     for p, of in ((0.05, logits), (0.5, logits), (0.95, logits), (0.5, flat), (0.95, flat), (0.99, flat)):
         expected = theirs.TopPLogitsWarper(p)(ids, of.clone())
-        assert torch.equal(keep_top_p(of, p), expected), p
+        assert torch.equal(keep_top_p(of, torch.tensor([[p]])), expected), p
     for p in (0.001, 0.1, 1.0):
-        assert torch.equal(keep_min_p(logits, p), theirs.MinPLogitsWarper(p)(ids, logits.clone()))
+        assert torch.equal(keep_min_p(logits, torch.tensor([[p]])), theirs.MinPLogitsWarper(p)(ids, logits.clone()))
     for k in (1, 7, 5000):
         expected = theirs.TopKLogitsWarper(k)(ids, logits.clone())
         values, at = keep_top_k(logits, k)
@@ -128,7 +134,7 @@ def test_drawn_frequencies_are_the_probabilities_that_transformers_gives(samplin
         expected = warper(None, expected)
     p = expected.softmax(-1)[0]
     keys = torch.tensor([derive_seed(4, number) for number in range(n)])
-    counts = torch.bincount(choose(logits.expand(n, -1), sampling, keys)[:, 0], minlength=30)
+    counts = torch.bincount(choose(logits.expand(n, -1), sampling, keys), minlength=30)
     assert (counts[p == 0] == 0).all()
     assert ((counts / n - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()  # five standard deviations
 
@@ -154,7 +160,7 @@ def test_what_is_drawn_depends_on_ids_and_hardly_on_rounding():
     drawn = choose(logits, Sampling(), keys)
     order = torch.randperm(500, generator=torch.Generator().manual_seed(2))
     shuffled = draw(logits[:, order].softmax(-1), keys, order)
-    assert torch.equal(order[shuffled], drawn)
+    assert torch.equal(order[shuffled][:, 0], drawn)
     rounded = choose(logits + torch.randn_like(logits) * 1e-6, Sampling(), keys)
     assert (rounded != drawn).sum() <= 1
     assert len(set(drawn.flatten().tolist())) > 200
@@ -198,7 +204,7 @@ def test_seeded_samples_are_those_of_reading_the_whole_row_each_time():
                 seen = torch.zeros_like(logits, dtype=torch.bool)
                 seen[0, ids] = True
                 logits = penalize(logits, seen, 1.2)
-                key = torch.tensor([derive_seed(5, row)]) + (n * STEP % 2**64 - 2**63)
+                key = torch.tensor([key_of(5, row, n)])
                 if choose(logits, sampling, key).item() != id:
                     logits[0, id] += 1e-4
                     assert choose(logits, sampling, key).item() == id
@@ -552,3 +558,273 @@ def test_prompts_that_cannot_be_are_sentences():
 def test_numbers_that_make_no_sense_are_sentences(wrong):
     with pytest.raises(UserError, match=f"{next(iter(wrong))}="):
         Sampling(**wrong)
+
+
+# texts that are written together
+
+
+def settings(number: int) -> Sampling:
+    """Of many kinds, none like the one before."""
+    rng = random.Random(number)
+    return Sampling(
+        max_new_tokens=rng.choice([1, 5, 30, 60]), temperature=rng.choice([0, 0.5, 1.0, 1.3]),
+        top_k=rng.choice([0, 0, 3, 20]), top_p=rng.choice([1.0, 1.0, 0.5, 0.9]), min_p=rng.choice([0.0, 0.0, 0.05]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3, 0.8]), stop=rng.choice([(), (), ("a", "天地"), ("。",)]),
+        stop_at_sentence=rng.random() < 0.2, seed=number,
+    )  # fmt: skip
+
+
+def test_each_row_is_chosen_by_its_own_settings_as_if_it_were_alone():
+    generator = torch.Generator().manual_seed(0)
+    for spread, size in ((0.3, 1500), (4.0, 1500), (2.0, 40)):  # so flat that a thousand candidates do not do
+        for first in range(0, 200, 20):
+            samplings = [settings(first + k) for k in range(20)]
+            logits = torch.randn(20, size, generator=generator) * spread
+            keys = torch.tensor([key_of(s.seed, k, 3) for k, s in enumerate(samplings)])
+            together = Choice(samplings, logits.device)(logits, keys)
+            for k, sampling in enumerate(samplings):
+                alone = choose(logits[k : k + 1], sampling, keys[k : k + 1])
+                assert together[k] == alone[0], sampling
+            logits[3, 5], logits[8, :2], logits[11] = math.nan, math.inf, -math.inf
+            again = Choice(samplings, logits.device)(logits, keys)
+            assert (again == -1).nonzero()[:, 0].tolist() == [3, 8, 11]
+            kept = [k for k in range(20) if k not in (3, 8, 11)]
+            assert torch.equal(again[kept], together[kept])
+
+
+def test_a_draws_number_is_its_seeds_its_samples_and_its_tokens_which_go_up_by_a_step():
+    batch, sampling = Batch(model_for(CHARS), CHARS, 3), Sampling(max_new_tokens=9, seed=-5)
+    batch.join(None, Rows([[1]], sampling, first=7))
+    for token in range(6):
+        batch.step()
+        if token == 3:
+            batch.join(None, Rows([[2]], sampling))  # what is drawn with is made anew
+        else:
+            expected = (derive_seed(-5, 7) + (token + 1) * 0xD1342543DE82EF95 - 2**63) % 2**64
+            assert batch.plan.keys[0].item() % 2**64 == expected
+
+
+ARCHITECTURES = [
+    {},
+    {"pos": "rope", "norm": "rmsnorm", "qk_norm": True, "bias": False, "act": "relu2"},
+    {"attn_pattern": "dense,banded", "attn_window": 7},
+    {"smear": 3},
+    {"pos": "rope", "smear": 2, "attn_pattern": "banded", "attn_window": 5, "tied": False},
+]
+
+
+class Asked:
+    """What one of many has asked for, and what came of it."""
+
+    def __init__(self, number: int, tokenizer):
+        rng = random.Random(number)
+        lengths = [rng.choice([1, 2, 5, 12, 31, 32, 45]) for _ in range(rng.choice([1, 1, 2, 3]))]
+        prompts = [[rng.randrange(tokenizer.vocab_size - 1) for _ in range(length)] for length in lengths]
+        prompts += prompts[:1] * (rng.random() < 0.2)
+        logprobs = rng.choice([None, None, 0, 2, 5])
+        self.rows = Rows(prompts, settings(number), rng.randrange(5), logprobs)
+        self.begins, self.leaves = rng.randrange(150), rng.choice([None, None, None, 1, 9, 30])
+        self.pieces, self.steps = [], 0
+
+    def told(self, pieces, row: int):
+        """A row's text so far, why it ended, and its tokens."""
+        own = [piece for piece in pieces if piece.row == row]
+        tokens = [token for piece in own for token in piece.tokens]
+        return "".join(piece.text for piece in own), "".join(piece.finished for piece in own), tokens
+
+
+@torch.no_grad()
+def uncached(model, asked: Asked, row: int, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The penalized logits after a row's prompt and `ids`, read anew, and the key of the draw that is next."""
+    n, prompt, sampling = model.config.block_size, asked.rows.prompts[row], asked.rows.sampling
+    begin, whole = max(0, len(prompt) - n), [*prompt, *ids]
+    for length in range(len(prompt) + 1, len(whole) + 1):
+        if length - begin > n:
+            begin = length - n // 2
+    logits = model(torch.tensor([whole[begin:]]))[0][:, -1]
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[0, whole] = True
+    key = key_of(sampling.seed, asked.rows.first + row, len(ids))
+    return penalize(logits, seen, sampling.repetition_penalty), torch.tensor([key])
+
+
+@pytest.mark.parametrize("number", range(len(ARCHITECTURES)))
+def test_texts_that_come_and_go_are_those_that_each_is_alone(number):
+    """Past the end of the context, with all settings beside each other; equal but where the draw lies within 1e-4."""
+    torch.manual_seed(number)
+    model = GPT(GPTConfig(vocab_size=BYTES.vocab_size, **(TINY | ARCHITECTURES[number]))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.15)
+    everyone = [Asked(1000 * number + k, BYTES) for k in range(60)]
+    batch, waiting, inside, most, ties = Batch(model, BYTES, 9, read_at_once=40), list(everyone), [], 0, 0
+    waiting.sort(key=lambda asked: asked.begins)
+    for step in range(10_000):
+        while waiting and waiting[0].begins <= step and len(batch) + len(waiting[0].rows.prompts) <= 9:
+            inside.append(waiting.pop(0))
+            batch.join(inside[-1], inside[-1].rows)
+        for asked in [asked for asked in inside if asked.steps == asked.leaves]:
+            batch.leave(asked)
+            inside.remove(asked)
+        most = max(most, len(batch))
+        for asked, piece in batch.step():
+            asked.pieces.append(piece)
+        for asked in list(inside):
+            asked.steps += 1
+            if sum(1 for piece in asked.pieces if piece.finished) == len(asked.rows.prompts):
+                inside.remove(asked)
+        if not (waiting or inside):
+            break
+    assert len(batch) == 0 and most == 9
+    compared = 0
+    for asked in everyone:
+        rows = asked.rows
+        for row, prompt in enumerate(rows.prompts):
+            alone = list(stream(model, BYTES, [prompt], rows.sampling, first=rows.first + row, logprobs=rows.logprobs))
+            text, finished, tokens = asked.told(asked.pieces, row)
+            its_text, its_end, its_tokens = asked.told(alone, 0)
+            ids, its_ids = [token.id for token in tokens], [token.id for token in its_tokens]
+            if ids != its_ids[: len(ids)]:
+                at = next(k for k, (a, b) in enumerate(zip(ids, its_ids, strict=False)) if a != b)
+                logits, key = uncached(model, asked, row, ids[:at])
+                for id in (ids[at], its_ids[at]):
+                    nearly = logits.clone()
+                    nearly[0, id] += 1e-4
+                    assert choose(nearly, rows.sampling, key).item() == id, (at, rows)
+                ties += 1
+                continue
+            compared += len(ids)
+            assert its_text.startswith(text)
+            assert (text, finished) == (its_text, its_end) or asked.leaves is not None and not finished
+            for token, other in zip(tokens, its_tokens, strict=False):
+                assert (token.logprob is None) == (rows.logprobs is None)
+                if token.logprob is not None:
+                    assert token.logprob == pytest.approx(other.logprob, abs=1e-3)
+                    assert len(token.top) == rows.logprobs
+                    assert [p for _, p in token.top] == pytest.approx([p for _, p in other.top], abs=1e-3)
+    print("ties:", ties, "of", compared)
+    assert ties <= 2 and compared > 1000
+
+
+def test_a_row_is_computed_like_one_row_in_a_batch_of_many_and_the_cache_is_no_larger_than_it_must_be():
+    model = model_for(CHARS)
+    batch, generator, compact = Batch(model, CHARS, 16), random.Random(0), 0
+    batch.join("long", Rows([[1]], Sampling(max_new_tokens=400)))
+    for step in range(300):
+        if step % 7 == 0 and step < 200:
+            batch.join(step, Rows([[2]] * generator.randint(1, 16 - len(batch)), Sampling(generator.randint(1, 5))))
+        if step % 7 == 6 and step < 200:
+            assert len(batch) == 1  # the others have ended
+        before = len(batch)
+        batch.step()
+        shapes = {tuple(tensor.shape) for layer in batch.decoder.layers for tensor in layer}
+        assert len(shapes) == 1 and max(shapes) <= (16, 2, 32, 16)
+        if before == 1 and batch.decoder.lengths[0] > 17:  # not read again at this step
+            assert {len(tensor) for layer in batch.decoder.computed for tensor in layer} == {1}
+            compact += 1
+    assert compact > 50
+    batch.leave("long")
+    assert not batch and batch.decoder is None and batch.plan is None
+
+
+def test_a_crowd_of_prompts_is_read_in_turn_with_the_tokens_of_those_who_write():
+    model = GPT(GPTConfig(vocab_size=50, **(TINY | {"block_size": 128}))).eval()
+    letters = CharTokenizer("".join(map(chr, range(100, 150))), byte_fallback=False, end_of_text=False)
+    batch = Batch(model, letters, 40, read_at_once=100)
+    batch.join("first", Rows([[1]] * 2, Sampling(max_new_tokens=50)))
+    batch.step()
+    assert (batch.read, batch.drawn) == (1, 2)  # equal prompts are read once
+    lengths = [30, 30, 60, 128, 20, 100, 101, 10]
+    for k, length in enumerate(lengths):
+        batch.join(k, Rows([[k] * length] * 3, Sampling(max_new_tokens=50)))
+    told = []
+    while batch.coming:
+        before, drawn, writing = batch.read, batch.drawn, len(batch.rows)
+        batch.step()
+        told.append(batch.read - before)
+        assert batch.drawn - drawn == len(batch.rows) > writing
+    assert told == [60, 60, 128, 20, 100, 101, 10]
+
+
+def test_prompts_are_padded_to_the_longest_of_those_that_are_alike():
+    def grouped(*lengths: int) -> list[list[int]]:
+        return [
+            [len(row.prompt) for row in group] for group in alike([SimpleNamespace(prompt=[0] * n) for n in lengths])
+        ]
+
+    assert grouped(10, 1000, *[10] * 14) == [[1000], [10] * 15]
+    assert grouped(1, SHORT, 30) == [[SHORT, 30, 1]] and grouped() == []
+    assert grouped(100, 400, 200, 150, 99) == [[400, 200], [150, 100, 99]]
+
+
+def test_one_whose_numbers_are_not_finite_is_told_alone():
+    """A token whose embedding is not a number: who has it is told, also of his other rows, and nobody else notices."""
+
+    class NeverDrawn(CharTokenizer):
+        unknown_id = 8
+
+    tokenizer = NeverDrawn(CHARS.chars, byte_fallback=False, end_of_text=False)
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, tied=False, **TINY)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        model.transformer.wte.weight[8] = math.nan
+    sampling = Sampling(max_new_tokens=40, temperature=0)
+    prompts = [[1, 2], [3], [4, 5, 6]]
+    alone = [continuations(model, tokenizer, [prompt], sampling)[0] for prompt in prompts]
+    batch, texts, errors = Batch(model, tokenizer, 6), {}, []
+
+    def step() -> None:
+        for owner, result in batch.step():
+            if isinstance(result, UserError):
+                errors.append(owner)
+            else:
+                texts[owner] = texts.get(owner, "") + result.text
+
+    batch.join(0, Rows([prompts[0]], sampling))
+    step()
+    batch.join("bad", Rows([[1], [2, 8, 3, 4, 5, 6], [8], [3]], sampling))
+    batch.join(1, Rows([prompts[1]], sampling))
+    step()
+    assert errors == ["bad"] and "bad" not in texts and len(batch) == 2
+    batch.join(2, Rows([prompts[2]], sampling))  # into a row that held what is not a number
+    while batch:
+        step()
+    assert [texts[k] for k in range(3)] == alone and errors == ["bad"]
+
+
+def test_who_finds_no_room_or_says_nothing_is_told_and_changes_nothing():
+    batch = Batch(model_for(CHARS), CHARS, 2)
+    batch.join("a", Rows([[1]], SAMPLING))
+    for prompts, told in (([[1], [2]], "2 rows beside 1: a batch has 2"), ([[]], "no tokens")):
+        with pytest.raises(ValueError, match=told):
+            batch.join("b", Rows(prompts, SAMPLING))
+        assert len(batch) == 1
+    batch.leave("b"), batch.leave("a")  # before it was read
+    assert not batch and batch.step() == [] and batch.drawn == batch.read == 0
+
+
+def test_nothing_of_a_batch_is_left_once_all_have_gone():
+    batch = Batch(model_for(CHARS), CHARS, 4)
+    gc.collect(), gc.disable()  # by counting references alone
+    try:
+        for way in ("end", "leave", "clear"):
+            owner = Asked(0, CHARS)
+            batch.join("other", Rows([[1]], Sampling(max_new_tokens=9)))
+            batch.join(owner, Rows([[1, 2], [3]], Sampling(5, repetition_penalty=1.1), logprobs=1))
+            for _ in range(3):
+                batch.step()
+            kept = [weakref.ref(owner), weakref.ref(batch.decoder), weakref.ref(batch.decoder.layers[0][0])]
+            kept += [weakref.ref(batch.plan.seen), *(weakref.ref(row) for row in batch.rows)]
+            if way == "leave":
+                batch.leave(owner)
+                assert kept[0]() is owner and len(batch) == 1
+                batch.leave("other")
+            elif way == "clear":
+                batch.clear()
+            while batch:
+                batch.step()
+            del owner
+            assert not any(each() for each in kept), way
+    finally:
+        gc.enable()

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -99,6 +100,23 @@ def test_processes_share_what_one_process_reads_alone(tmp_path):
     # beginning later is skipping: a step is 8 sequences
     later = take(training_batches(tokens, rank=0, world_size=1, **(common | {"first": 14})), 8)
     assert later == alone[4:]
+
+
+@pytest.mark.parametrize("micro_steps, world", [(4, 3), (2, 3), (1, 4), (5, 2)])
+def test_processes_compute_as_often_as_each_other_and_what_is_beyond_counts_nothing(tmp_path, micro_steps, world):
+    tokens = open_mixture(parts_of(str(make(tmp_path))), "train", 8)
+    common = dict(block_size=8, batch_size=2, micro_steps=lambda n: micro_steps, vocab_size=50, seed=9, first=0)
+    alone = take(training_batches(tokens, rank=0, world_size=1, device="cpu", **common), 2 * micro_steps)
+    each = math.ceil(micro_steps / world)
+    found = []
+    for rank in range(world):
+        batches = training_batches(tokens, rank=rank, world_size=world, device="cpu", **common)
+        for step in range(2):
+            own = take(batches, each)
+            assert [m for m, *_ in own] == [rank + n * world for n in range(each)]
+            assert all(share == (micro_steps / world if m < micro_steps else math.inf) for m, share, *_ in own)
+            found += [(step, m, x, y) for m, share, x, y in own if share < math.inf]
+    assert sorted(found) == [(n // micro_steps, m, x, y) for n, (m, _, x, y) in enumerate(alone)]
 
 
 def test_evaluation_windows_are_fixed_evenly_spread_and_at_most_the_split():

@@ -40,6 +40,7 @@ pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium a
 TRAINED = [*TINY_ARGS, "--n_layer=12", "--block_size=64", "--gradient_accumulation_steps=1", "--dataset=d"]
 TRAINED += ["--eval_interval=20", "--sample_interval=20", "--sample_tokens=30"]
 CONTEXT = 64
+IDLE = {"status": "ok", "running": 0, "rows": 0, "waiting": 0, "open": 0}
 LONG = 20000  # tokens, more than a text gets before a test ends it, however slow the browser is
 DEFAULTS = {"length": 32, "top_k": 3, "top_p": 0.95, "temperature": 1, "penalty": 1, "samples": 1}
 TITLE, OPENING = "#title :is(textarea, input)", "#opening textarea"
@@ -293,7 +294,7 @@ def folder(tmp_path_factory) -> Path:
 def served(folder) -> Iterator[Served]:
     with serving("--out_dir=out", f"--max_tokens={LONG}", cwd=folder) as served:
         yield served
-        until(lambda: served.health() == {"status": "ok", "running": 0, "waiting": 0, "open": 0})
+        until(lambda: served.health() == IDLE)
         assert "Traceback" not in "".join(served.said)
 
 
@@ -307,9 +308,9 @@ def opened(folder) -> tuple:
 
 
 @contextmanager
-def busy(url: str, name: str = "out", prompt: str = "小") -> Iterator[None]:
-    """The server computes for somebody else."""
-    asked = {"model": name, "prompt": prompt, "max_tokens": LONG, "n": 16, "stream": True, "temperature": 0}
+def busy(url: str, name: str = "out", prompt: str = "小", texts: int = 16) -> Iterator[None]:
+    """The server writes for somebody else, as many texts as it can at once or fewer."""
+    asked = {"model": name, "prompt": prompt, "max_tokens": LONG, "n": texts, "stream": True, "temperature": 0}
     with httpx.stream("POST", f"{url}/v1/completions", json=asked, trust_env=False, timeout=60) as answer:
         assert answer.status_code == 200
         lines = answer.iter_lines()
@@ -393,7 +394,7 @@ def test_writing_stopping_and_going_on(served):
         page.start()
         assert until(lambda: served.health()["running"])
         page.leave()
-        until(lambda: served.health() == {"status": "ok", "running": 0, "waiting": 0, "open": 0})
+        until(lambda: served.health() == IDLE)
 
 
 def test_a_browser_that_is_behind_gets_what_it_asks_for(served):
@@ -684,11 +685,11 @@ def drag(page: Visit, begin: float, end: float) -> None:
     chain.release().perform()
 
 
-def test_a_second_one_waits(served):
+def test_who_finds_no_room_waits(served):
     with browser(served.url) as page:
         with busy(served.url):
             page.start()
-            until(lambda: re.match(r"排队中，前面还有 1 个 · \d+\.\d 秒$", page.status()))
+            until(lambda: re.match(r"排队中，前面还有 0 个 · \d+\.\d 秒$", page.status()))
             assert page.story() == "" and served.health()["waiting"] == 1
         until(lambda: page.status().startswith("写完了"))
         until(page.story)
@@ -712,6 +713,19 @@ def test_a_second_one_waits(served):
             page.leave()
             until(lambda: served.health()["open"] == 1)
             assert served.health()["waiting"] == 0 and served.health()["running"] == 1
+
+
+def test_a_second_one_is_written_for_at_the_same_time(served):
+    with browser(served.url) as page, busy(served.url, texts=3):
+        page.write()
+        assert page.story() and served.health()["running"] == 1 and served.health()["rows"] == 3
+        page.adjust(length=LONG, samples=3)
+        page.start()
+        until(lambda: served.health()["rows"] == 6 and page.story(3))
+        assert page.status().startswith("正在写")
+        page.press("#stop")
+        until(lambda: page.status().startswith("已停止"))
+        until(lambda: served.health()["rows"] == 3)
 
 
 @pytest.mark.parametrize("width", [1280, 390])

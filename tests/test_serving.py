@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import re
 import signal
@@ -28,7 +29,7 @@ if sys.platform == "win32":
 LETTERS = CharTokenizer("abcdefgh", byte_fallback=False, end_of_text=False)
 FOREVER = 10**6  # tokens: hours
 CLIENT = httpx.Client(trust_env=False, timeout=120)
-IDLE = {"status": "ok", "running": 0, "waiting": 0, "open": 0}
+IDLE = {"status": "ok", "running": 0, "rows": 0, "waiting": 0, "open": 0}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,190 @@ def test_a_runs_log_is_looked_for_where_its_checkpoint_lies():
         assert folder_of(SimpleNamespace(init_from=init_from, out_dir="out-x")) == Path(folder)
 
 
+# limits
+
+
+def test_requests_that_are_too_large_are_refused(folder):
+    limits = ["--max_batch=3", "--max_samples=2", "--max_tokens=30", "--max_prompt=10", "--max_body=2000"]
+    with serving("--out_dir=endless", *limits, cwd=folder) as served:
+        for prompt in ("a" * 10, [1] * 10, ["a" * 10, "b"]):
+            assert post(served, prompt=prompt).status_code == 200
+        for prompt in ("a" * 11, [1] * 11, ["a", "b" * 11]):
+            error = post(served, prompt=prompt).json()["error"]
+            assert error["message"] == "the prompt has 11 tokens: at most 10 here" and error["param"] == "prompt"
+        assert post(served, n=3).status_code == post(served, max_tokens=31).status_code == 400
+        body = json.dumps(asked()).encode()
+        for size in (2000, 2001):
+            padded = body + b" " * (size - len(body))
+            for content in (padded, iter([padded[:1000], padded[1000:]])):  # told beforehand, and in chunks
+                head = {"Content-Type": "application/json"}
+                answer = CLIENT.post(f"{served.url}/v1/completions", content=content, headers=head)
+                assert answer.status_code == (200 if size == 2000 else 413), answer.text
+        assert "at most 2,000 bytes" in answer.json()["error"]["message"]
+        assert served.health() == IDLE
+
+
+def connected(served: Served, sent: bytes, **options: int) -> socket.socket:
+    """A client that has sent so much. Its options are those of its socket."""
+    client = socket.socket()
+    for name, value in options.items():
+        client.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+    client.settimeout(60)
+    client.connect(("127.0.0.1", int(served.url.rpartition(":")[2])))
+    client.sendall(sent)
+    return client
+
+
+def request(body: bytes, size: int | None = None) -> bytes:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {size or len(body)}\r\n"
+    return f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+
+
+def read_all(client: socket.socket, drip: bytes = b"") -> bytes:
+    """What comes until the server closes the connection, to which a byte is sent now and then."""
+    read, client_timeout = b"", 0.1 if drip else 60
+    client.settimeout(client_timeout)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            got = client.recv(2**16)
+            if not got:
+                return read
+            read += got
+        except TimeoutError:
+            client.sendall(drip)
+        except ConnectionError:
+            return read
+    raise AssertionError("the connection stays open")
+
+
+def test_who_sends_slowly_is_let_go(folder):
+    with serving("--out_dir=endless", "--body_timeout=1", "--max_body=2000", cwd=folder) as served:
+        body = json.dumps(asked(max_tokens=1)).encode()
+        for drip in (b"", b" "):
+            answer = read_all(connected(served, request(body, 1900)), drip)
+            assert answer.startswith(b"HTTP/1.1 408 ") and b"connection: close" in answer.lower()
+            assert b"not sent within 1 s" in answer and b"Traceback" not in answer
+        assert read_all(connected(served, b"")) == b""
+        assert read_all(connected(served, b"GET /health HTTP/1.1\r\nX: "), b"x") in (b"", b"x")
+        refused = read_all(connected(served, request(b"", 10**9)), b" " * 100)  # who sends on after the answer
+        assert refused.startswith(b"HTTP/1.1 413 ")
+        client = connected(served, request(body))  # one connection, and time between its requests
+        for _ in range(3):
+            assert b" 200 OK" in client.recv(2**16)
+            time.sleep(0.6)
+            client.sendall(request(body))
+        client.close()
+        assert post(served, max_tokens=1000).status_code == 200
+        assert served.health() == IDLE and not any("Traceback" in line for line in served.said)
+
+
+def test_a_request_that_takes_too_long_is_broken_off(folder):
+    more = ["--timeout=1.5", f"--max_tokens={FOREVER}", "--max_waiting=9"]
+    with serving("--out_dir=endless", *more, cwd=folder) as served:
+        before = text(served)
+        for streaming in (False, True):
+            answers = []
+
+            def ask(answers=answers, streaming=streaming) -> None:
+                answers.append(post(served, max_tokens=FOREVER, n=16, stream=streaming))
+
+            asking = [threading.Thread(target=ask) for _ in range(3)]  # one runs, the others wait
+            for thread in asking:
+                thread.start()
+            for thread in asking:
+                thread.join(60)
+            assert len(answers) == 3
+            for answer in answers:
+                *parts, error = events(answer.text) if streaming else [answer.text]
+                assert answer.status_code == (200 if streaming else 504)
+                error = json.loads(error)["error"]
+                assert error["code"] == "timeout" and error["type"] == "server_error"
+                assert "within 1.5 s" in error["message"]
+                assert all("choices" in json.loads(part) for part in parts)
+            written = [len(answer.text) > 5000 for answer in answers]
+            assert sum(written) == streaming  # the one that ran
+            until(lambda: served.health() == IDLE, "something of what was broken off still runs or waits")
+            assert text(served) == before
+        assert not any("Traceback" in line for line in served.said)
+
+
+@pytest.fixture(scope="module")
+def wide(folder) -> dict:
+    """A request to wide/ whose answer is larger than what the system takes from a server on its way to a client."""
+    write_run(folder / "wide", LETTERS, block_size=4096)
+    return asked(model="wide", prompt="abcdefgh" * 500, n=8, echo=True, logprobs=5, max_tokens=FOREVER)
+
+
+def test_a_reader_who_does_not_read_is_let_go(folder, wide):
+    with serving("--out_dir=wide", "--timeout=10", f"--max_tokens={FOREVER}", cwd=folder) as served:
+        client = connected(served, request(json.dumps(wide | {"stream": True}).encode()), SO_RCVBUF=4096)
+        assert client.recv(100).startswith(b"HTTP/1.1 200 OK")
+        until(lambda: served.health()["open"] == 1, "it was not accepted")
+        until(lambda: served.health() == IDLE, "a stream that nobody reads goes on", seconds=60)
+        told = 'weigpt_http_requests_total{path="/v1/completions",status="504"} 1.0'
+        until(lambda: told in CLIENT.get(f"{served.url}/metrics").text, "the request has not ended")
+        assert not any("Exception" in line or "Traceback" in line or "ERROR" in line for line in served.said)
+        assert b"[DONE]" not in read_all(client)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone drops such connections")
+def test_a_whole_answer_that_is_not_read_is_dropped(folder, wide):
+    with serving("--out_dir=wide", "--timeout=10", cwd=folder) as served:
+        body = json.dumps(wide | {"max_tokens": 1}).encode()
+        client = connected(served, request(body), SO_RCVBUF=4096)
+        sockets = Path(f"/proc/{served.process.pid}/fd")
+
+        def connections() -> int:
+            return sum(os.readlink(each).startswith("socket:") for each in sockets.iterdir() if each.exists())
+
+        head = client.recv(200)
+        assert head.startswith(b"HTTP/1.1 200 OK")
+        size, with_it = int(re.search(rb"content-length: (\d+)", head)[1]), connections()
+        assert size > 5e6  # more than Linux takes from a process for a client on its way
+        until(lambda: connections() < with_it, "the connection stays open", seconds=120)
+        assert len(read_all(client)) < size
+
+
+def test_sixty_four_clients_are_answered_or_told_to_come_again(folder):
+    options = ["--max_batch=4", "--max_samples=2", "--max_waiting=16"]
+    with serving("--out_dir=endless", *options, cwd=folder) as served:
+        expected = [text(served, seed=seed, max_tokens=60) for seed in range(8)]
+        met, stop = [], time.monotonic() + 4
+
+        def ask(number: int) -> None:
+            with httpx.Client(trust_env=False, timeout=60) as client:
+                while time.monotonic() < stop:
+                    seed, stream = number % 8, number % 2 == 0
+                    body = asked(seed=seed, max_tokens=60, stream=stream)
+                    answer = client.post(f"{served.url}/v1/completions", json=body)
+                    met.append(answer.status_code)
+                    if answer.status_code == 200:
+                        parts = map(json.loads, events(answer.text)) if stream else [answer.json()]
+                        found = "".join(choice["text"] for part in parts for choice in part["choices"])
+                        assert found == expected[seed]
+                    else:
+                        assert int(answer.headers["Retry-After"]) > 0
+                        time.sleep(0.1)
+
+        failed = []
+
+        def asking(number: int) -> None:
+            try:
+                ask(number)
+            except Exception as error:
+                failed.append(repr(error))
+
+        threads = [threading.Thread(target=asking, args=(number,)) for number in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not failed and set(met) == {200, 429}
+        until(lambda: served.health() == IDLE, "something still runs or waits")
+        assert not any("Traceback" in line for line in served.said)
+
+
 # ending
 
 
@@ -228,6 +413,12 @@ def test_ctrl_c_is_status_130_and_a_second_one_ends_at_once(folder):
         (["--max_tokens=0"], "max_tokens=0: expected at least 1"),
         (["--max_waiting=-1"], "max_waiting=-1: expected at least 0"),
         (["--grace=-1"], "grace=-1.0: expected at least 0"),
+        (["--max_batch=0"], "max_batch=0: expected at least 1"),
+        (["--max_batch=15"], "max_samples=16: expected at most max_batch=15"),
+        (["--max_prompt=0"], "max_prompt=0: expected at least 1"),
+        (["--max_body=1023"], "max_body=1023: expected at least 1024"),
+        (["--timeout=0"], "timeout=0.0: expected seconds, more than 0"),
+        (["--body_timeout=-1"], "body_timeout=-1.0: expected seconds, more than 0"),
         (["--out_dir=nowhere"], "no checkpoint in nowhere"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -247,7 +438,7 @@ def test_a_port_that_is_taken_is_a_sentence(folder):
     assert "choose another --port" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("package", ["uvicorn", "fastapi", "gradio"])
+@pytest.mark.parametrize("package", ["uvicorn", "fastapi", "gradio", "prometheus_client"])
 def test_a_package_that_is_missing_is_a_sentence(folder, tmp_path, package):
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module', name={package!r})")
     done = run_script("serve.py", "--port=0", "--out_dir=endless", cwd=folder, env={"PYTHONPATH": str(tmp_path)})

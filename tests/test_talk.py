@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from serving import Served, serving
-from test_page import CONTRASTS, HOSTILE, LONG, OPENING, Visit, browser, busy, pytestmark, until  # noqa: F401
+from test_page import CONTRASTS, HOSTILE, IDLE, LONG, OPENING, Visit, browser, busy, pytestmark, until  # noqa: F401
 
 import checkpoint
 from chat import LAYOUT, ChatTokenizer
@@ -70,7 +70,7 @@ def folder(tmp_path_factory) -> Path:
 def served(folder) -> Iterator[Served]:
     with serving("--out_dir=chat", f"--max_tokens={LONG}", cwd=folder) as served:
         yield served
-        until(lambda: served.health() == {"status": "ok", "running": 0, "waiting": 0, "open": 0})
+        until(lambda: served.health() == IDLE)
         assert "Traceback" not in "".join(served.said)
 
 
@@ -180,7 +180,7 @@ def test_an_answer_that_grows_is_ended(served):
         assert page.said() == []
         with busy(served.url, "chat", COUNTING[1]):
             page.ask("我是小刚")
-            until(lambda: re.match(r"排队中，前面还有 1 个 · \d+\.\d 秒$", page.told()))
+            until(lambda: re.match(r"排队中，前面还有 0 个 · \d+\.\d 秒$", page.told()))
             page.press("#talk-stop")
             until(lambda: page.told().startswith("已停止"))
             assert page.said() == [("user", "我是小刚"), ("assistant", "…")] and served.health()["waiting"] == 0
@@ -225,8 +225,8 @@ def test_room_is_left_for_the_answer(opened):
     """In a context of 32 tokens, of which as many as the answer may have are its own, at most half of them."""
     model = GPT(replace(opened[0].config, block_size=32))
     model.load_state_dict(opened[0].state_dict())
-    tokenizer, engine = opened[1], Engine(nullcontext(), 1)
-    page = Page(engine, model.eval(), tokenizer, "", "chat", Path("nowhere"), 1, 100)
+    tokenizer, engine = opened[1], Engine(model.eval(), opened[1], nullcontext(), 1, 1)
+    page = Page(engine, model, tokenizer, "", "chat", Path("nowhere"), 1, 100)
     asked, request = messages("我是小红", "你好，小红！", "我是谁？"), SimpleNamespace(session_hash="a")
     assert len(tokenizer.opening(asked, 100)) == 19
     without = continuations(model, tokenizer, [tokenizer.opening(asked[2:], 100)], Sampling(14, temperature=0))
