@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine import Engine
 
-GATHER = 0.02  # seconds in which results are gathered
+GATHER, EACH, LONGEST = 0.02, 0.005, 0.1  # seconds in which results are gathered: at least, for each reader, at most
 DONE = object()  # after the last result
 # Takes a function that says whether to stop; yields results, and returns what is to be written then, Rows or None
 Work = Callable[[Callable[[], bool]], Iterator[Any]]
@@ -141,13 +141,15 @@ class Post:
             if not self.made:
                 return
             self.looking = True  # something has come in between, and the thread did not call
-        self._hand_over()
-        self.loop.call_later(GATHER, self._look)
+        readers = self._hand_over()  # who each write a message of their own, with the interpreter that computes, too
+        self.loop.call_later(min(max(GATHER, EACH * readers), LONGEST), self._look)
 
-    def _hand_over(self) -> None:
+    def _hand_over(self) -> int:
+        """To how many readers."""
         groups: dict[Job, list[Any]] = {}
         for _ in range(len(self.made)):
             job, result = self.made.popleft()
             groups.setdefault(job, []).append(result)
         for job, group in groups.items():
             job.results.put_nowait(group)
+        return len(groups)

@@ -191,6 +191,7 @@ class RunDir(Background):
         self.log.sync()  # a state must not be ahead of the log: resuming writes no line that is before it
         last = self.folder / "last.pt"
         two = "last.pt" in self.own and last.is_file()
+        newer = any(folders.updates(folder) > updates_in(last) for folder in folders.newest_first(self.folder))
 
         def save_last() -> None:
             save(last, whole, self.folder / "last.prev.pt" if two else None)
@@ -204,7 +205,7 @@ class RunDir(Background):
             save_last(), self.save_best(ckpt)
         with user_errors(OSError, about=f"{self.folder} cannot be written to"):
             self.leave_earlier_ckpt()
-            if two:  # whole states of this run, after which those of its sharded part are not needed
+            if two and not newer:  # whole states of this run, after which those of its sharded part are not needed
                 self.remove_folders(0)
             if numbered_kept:
                 new = self.folder / f"ckpt-{whole['iter_num']}.pt"

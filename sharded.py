@@ -44,6 +44,14 @@ class Writer(dcp.FileSystemWriter):
     def __init__(self, folder: Path):
         super().__init__(folder, single_file_per_rank=True, sync_files=True)
 
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        """A disk's refusal as itself: torch's zip writer makes another error of it, whose cause does not travel."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            refusals = [e for e in (error.__cause__, error.__context__) if isinstance(e, OSError) and e.strerror]
+            raise (refusals or [error])[0] from error
+
     def storage_meta(self) -> None:
         """Not the folder's name, which is a temporary one."""
 
@@ -59,8 +67,12 @@ class Reader(dcp.FileSystemReader):
             for info in found.storage_data.values():
                 if not re.fullmatch(r"__\d+_\d+\.distcp", info.relative_path) or info.transform_descriptors:
                     raise ValueError(f"it points at {info.relative_path!r}")
-            if not all(type(each) is metadata.TensorStorageMetadata for each in found.state_dict_metadata.values()):
-                raise ValueError("it tells of more than tensors")
+            for name, kind in found.state_dict_metadata.items():
+                if type(name) is not str or type(kind) is not metadata.TensorStorageMetadata:
+                    raise ValueError("it tells of more than tensors")
+                stored = sum(chunk.sizes.numel() for chunk in kind.chunks)
+                if stored != kind.size.numel() or min(kind.size, default=0) < 0:
+                    raise ValueError(f"it does not tell where all of {name} is")
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise UserError(f"{path} is not what a sharded run writes, and no code in it is run: {error}") from error
         return found
@@ -89,14 +101,17 @@ def write_part(folder: Path, tensors: dict[str, torch.Tensor], group: dist.Proce
         reason = refusals[0].strerror if refusals else reasons[0][0] if reasons and reasons[0] else "it failed"
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    raise UserError(f"{folder} could not be written ({reason})")
+    raise UserError(f"a checkpoint in {folder.parent} could not be written ({reason})")
 
 
 def read_tensors(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     """`model` and `optimizers` as in last.pt, whole, on the CPU, of the folder whose state is `state`. UserError where
     they do not load."""
     kinds = Reader(folder).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in kinds.items()}
+    try:
+        tensors = {name: torch.empty(kind.size, dtype=kind.properties.dtype) for name, kind in kinds.items()}
+    except RuntimeError as error:
+        raise UserError(f"{folder} does not load: {str(error).splitlines()[0]}") from error
     load_into(folder, tensors)
     weights = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
     if "adapter" not in state:
@@ -214,6 +229,8 @@ class Saves:
                 part = write_part(temporary, tensors, self.group)
             except UserError as error:
                 problems = [str(error)]
+            except Exception as error:  # whatever it is, the others wait for what this process has to tell
+                problems = [f"a checkpoint could not be written ({type(error).__name__}: {error})"]
         parts = [("", part)] * self.processes.world_size
         dist.all_gather_object(parts, (problems[0], part), group=self.group)
         problem = next((problem for problem, _ in parts if problem), "") or self._problem(end)

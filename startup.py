@@ -193,17 +193,13 @@ def memory_of_each(model: GPT, optim: str, processes: Processes) -> list[str]:
     sizes = list(memory(model, optim).values())
     everyones = torch.zeros(processes.world_size, len(sizes), dtype=torch.int64)
     everyones[processes.rank] = torch.tensor(sizes)
-    alike: dict[tuple[int, ...], list[int]] = {}
+    told = "parameters {:,.2f} MB, gradients {:,.2f} MB, optimizer {:,.2f} MB".format
+    alike: dict[str, list[str]] = {}
     for rank, of_one in enumerate(processes.sum(everyones).tolist()):
-        alike.setdefault(tuple(of_one), []).append(rank)
-    lines = []
-    for (weights, gradients, moments), ranks in alike.items():
-        who = f" of process{'es' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if processes.world_size > 1 else ""
-        lines.append(
-            f"memory{who}: parameters {weights / 1e6:,.2f} MB, gradients {gradients / 1e6:,.2f} MB, "
-            f"optimizer {moments / 1e6:,.2f} MB"
-        )
-    return lines
+        alike.setdefault(told(*(size / 1e6 for size in of_one)), []).append(str(rank))
+    if processes.world_size == 1:
+        return [f"memory: {figures}" for figures in alike]
+    return [f"memory of process{'es' * (len(who) > 1)} {', '.join(who)}: {figures}" for figures, who in alike.items()]
 
 
 def progress_of(state: dict[str, Any], c: Config) -> Progress:

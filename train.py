@@ -462,7 +462,9 @@ def show_samples(r: Run, ctx) -> None:
     r.reporter.settle()
     r.reporter.stop_clock()
     weights = gathered(r.model, r.processes.master) if r.saves else None
-    if not r.processes.master:
+    if r.saves and r.processes.master and not weights:
+        note("note: there is no memory for the whole weights; no sample is written")
+    if not r.processes.master or r.saves and not weights:
         r.reporter.restart_clock()
         return
     c, iter_num = r.c, r.progress.iter_num

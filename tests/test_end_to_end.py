@@ -137,6 +137,8 @@ def test_every_command_of_the_readme(tmp_path):
                 run = f"{python} -m {run}"
             elif "sample.py" in run:
                 run += " --device=cpu --max_new_tokens=8 --num_samples=2"
+            elif "bench.py serve" in run:
+                run += " --device=cpu --num_rounds=1 --max_seconds=2 --clients=1,2 --hang_ups=3 --max_new_tokens=8"
             elif "bench.py" in run:
                 run += f" {SMALL_BENCH} --num_rounds=1"
             elif "classify.py train" in run:
