@@ -25,7 +25,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,6 +39,7 @@ from metrics import CONTENT_TYPE, HUNG_UP, Counted, Metrics
 from model import GPT
 from tokenizer import Tokenizer
 
+MANY = 1024  # prompts of a request, whatever max_samples is
 PARTING = 1.0  # seconds in which a client must take the news that its time is over
 Id = Annotated[int, Field(ge=0, lt=2**32)]
 Some = Field(min_length=1, fail_fast=True)  # a megabyte may hold hundreds of thousands of mistakes
@@ -85,6 +86,14 @@ class CompletionRequest(BaseModel):
     logit_bias: dict[str, float] | None = Field(None, max_length=0, description="only none")
     presence_penalty: float | None = Field(None, ge=0, le=0, description="only 0")
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="only 0")
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def few(cls, prompt: Any) -> Any:
+        """Before each of a hundred thousand is looked at, for so long nobody else would be answered."""
+        if isinstance(prompt, list) and len(prompt) > MANY and not isinstance(prompt[0], int):
+            raise ValueError(f"{len(prompt):,} prompts are too many")
+        return prompt
 
 
 class Logprobs(BaseModel):
@@ -458,7 +467,7 @@ def create_app(
             return Failure(400, "the body is no valid JSON").response()
         if first["type"] == "extra_forbidden":
             message = "there is no such field"
-        elif param == "prompt":
+        elif param == "prompt" and first["type"] != "value_error":
             message = (
                 "expected a text, a list of texts, a list of token ids, or a list of such lists, none of them empty"
             )

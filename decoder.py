@@ -83,6 +83,8 @@ class Decoder:
         number = {prompt: n for n, prompt in enumerate(distinct)}
         which = self._tensor([number[tuple(prompt[-self.time :])] for prompt in prompts])
         t = max(map(len, distinct))
+        if self.device.type == "cpu":  # few numbers of rows: for each oneDNN compiles, and keeps, some megabytes
+            t = min(-(-t // 8) * 8, self.time)
         # what is padded sees, unseen; of its own tokens, lest a number that is not finite come in from others
         idx = self._tensor([[*prompt, *prompt[-1:] * (t - len(prompt))] for prompt in distinct])
         self._grow(max(rows) + 1, t)

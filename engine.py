@@ -86,7 +86,8 @@ class Engine:
                 waiting += waits
         if waits and waiting > self.max_waiting:
             wait = math.ceil(self.seconds * waiting / max(1, len(going)))
-            raise Full(f"{waiting - 1} requests are waiting already; try again in {wait} s", wait)
+            why = f"{waiting - 1} requests are waiting already" if waiting > 1 else "all places are taken"
+            raise Full(f"{why}; try again in {wait} s", wait)
 
     def ahead(self, job: Job) -> int:
         """How many jobs come before this one in the queue; 0 for the next one, and once it was admitted."""
@@ -146,7 +147,11 @@ class Engine:
     def _dismiss(self) -> None:
         """Ends those who were stopped."""
         for job in [job for job in self.running if job.stopped.is_set()]:
-            self.batch.leave(job)
+            try:
+                self.batch.leave(job)
+            except BaseException as error:  # such as a GPU's, which comes late
+                self._fail(_told(error))  # ends this one, too
+                return
             self._end(job, DONE)
 
     def _open(self) -> None:
@@ -195,13 +200,16 @@ class Engine:
         except BaseException as error:  # such as for want of memory
             self._fail(_told(error))
             return
+        now = time.monotonic()
         for job, result in results:
             if isinstance(result, Exception):
                 self._end(job, result)
                 continue
             begins = job.first is None and len(result.tokens) > 0
+            if result.tokens:
+                job.newest = now
             if begins:
-                job.first = time.monotonic()
+                job.first = now
             self.post.give(job, result, urgent=begins)
             if result.finished:
                 job.rows -= 1
@@ -222,7 +230,8 @@ class Engine:
         job.work, job.rows = None, 0
         with self.changed:
             self.running.discard(job)  # before its reader can ask for more
-        self.seconds += (time.monotonic() - job.begun - self.seconds) / 8
+        if not job.stopped.is_set():
+            self.seconds += (time.monotonic() - job.begun - self.seconds) / 8
         self.post.give(job, last, urgent=True)
 
 

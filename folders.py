@@ -40,7 +40,13 @@ def is_folder(path: Path) -> bool:
 
 def complete(folder: Path, state: dict[str, Any], parts: dict[str, list[int]]) -> None:
     """Adds to the `parts` that the processes have written what is no tensor, and all checksums. OSError where the disk
-    refuses."""
+    refuses; UserError where the parts are not all here."""
+    here = {path.name: path.stat().st_size for path in folder.glob("__*.distcp")}
+    if here != {name: size for name, (size, _) in parts.items()}:
+        raise UserError(
+            f"{folder.parent} does not have what all processes have written: it has to be one folder for all of them, "
+            f"on a disk that their machines share"
+        )
     _write(folder / "state.json", state)
     own = {name: checksum(folder / name) for name in (".metadata", "state.json")}
     _write(folder / "checksums.json", parts | own)
@@ -91,12 +97,28 @@ def checksum(path: Path) -> list[int]:
     return [size, found]
 
 
+def checksums(folder: Path) -> dict[str, list[int]]:
+    """What is told of the files in a folder, by name. OSError or ValueError where that is damaged."""
+    wanted = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+    if not {".metadata", "state.json"} <= wanted.keys() or any(Path(name).name != name for name in wanted):
+        raise ValueError("checksums.json is not whole")
+    return wanted
+
+
+def is_numbered(folder: Path) -> bool:
+    """Whether it is one that keep_checkpoints has asked for."""
+    try:
+        return bool(read_state(folder).get("numbered"))
+    except UserError:
+        return False
+
+
 def verify(folder: Path) -> None:
     """UserError where a file is not what was written."""
     try:
-        wanted = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
-        if not {".metadata", "state.json"} <= wanted.keys():
-            raise ValueError("checksums.json is not whole")
+        wanted = checksums(folder)
+        if not all((folder / name).is_file() for name in wanted):
+            raise ValueError("a file is missing")
         broken = next((name for name, told in wanted.items() if checksum(folder / name) != told), "")
         reason = broken and f"checksum of {broken}"
     except Exception as error:  # what is damaged can raise nearly anything
@@ -109,10 +131,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     """What is no tensor; `checksums` besides, which tell the folder from any other. UserError where it is damaged."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        state["checksums"] = json.loads((folder / "checksums.json").read_text(encoding="utf-8"))
+        state["checksums"] = checksums(folder)
         if not (isinstance(state["model_args"], dict) and isinstance(state["config"], dict)):
             raise ValueError("model_args or config is missing")
         state["iter_num"], state["best_val_loss"] = int(state["iter_num"]), float(state["best_val_loss"])
         return state
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is damaged or no checkpoint of a sharded run ({error})") from error

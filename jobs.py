@@ -43,6 +43,7 @@ class Job:
         self.submitted = time.monotonic()
         self.begun: float | None = None  # when it was admitted
         self.first: float | None = None  # when its first token was there
+        self.newest: float | None = None  # and its newest
         self.results: asyncio.Queue[list[Any]] = asyncio.Queue()  # those that came together
         self.stopped = threading.Event()
 
@@ -104,9 +105,8 @@ class Post:
 
     def __init__(self):
         self.made: deque[tuple[Job, Any]] = deque()
-        self.looking = self.urgent = (
-            False  # whether the event loop is going to look there, and whether it is to at once
-        )
+        self.looking = False  # whether the event loop is going to look there
+        self.urgent = False  # and whether it is to at once
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def to(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -47,7 +47,9 @@ class Metrics:
         self.registry.register(OfTheEngine(engine, max_batch))
         own = {"registry": self.registry}
         self.requests = Counter("weigpt_http_requests", "Requests by what came of them.", ["path", "status"], **own)
-        self.whole = Histogram("weigpt_request_seconds", "A completion's whole request.", buckets=LONG, **own)
+        self.whole = Histogram(
+            "weigpt_request_seconds", "A completion from when it was taken to its last byte.", buckets=LONG, **own
+        )
         self.queued = Histogram("weigpt_queue_seconds", "A completion's wait in the queue.", buckets=LONG, **own)
         self.first = Histogram(
             "weigpt_first_token_seconds", "A completion's wait for its first token.", buckets=LONG, **own
@@ -66,8 +68,9 @@ class Metrics:
             self.queued.observe(job.begun - job.submitted)
         if job.first is not None:
             self.first.observe(job.first - job.submitted)
+            self.whole.observe(time.monotonic() - job.submitted)
             if tokens > 1:
-                self.next.observe((time.monotonic() - job.first) / (tokens - 1))
+                self.next.observe((job.newest - job.first) / (tokens - 1))
 
 
 class Counted:
@@ -80,7 +83,7 @@ class Counted:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         status, whole = 500, False  # what an exception becomes further out
-        state, begun = scope.setdefault("state", {}), time.monotonic()
+        state = scope.setdefault("state", {})
 
         async def seen(message: Message) -> None:
             nonlocal status, whole
@@ -93,7 +96,5 @@ class Counted:
             await self.app(scope, receive, seen)
             status = state.get("outcome", status if whole else HUNG_UP)
         finally:
-            completion = scope["path"] == COMPLETIONS
-            self.metrics.requests.labels(COMPLETIONS if completion else "other", str(status)).inc()
-            if completion:
-                self.metrics.whole.observe(time.monotonic() - begun)
+            path = COMPLETIONS if scope["path"] == COMPLETIONS else "other"
+            self.metrics.requests.labels(path, str(status)).inc()

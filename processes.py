@@ -109,6 +109,11 @@ class Processes:
     def master(self) -> bool:
         return self.rank == 0
 
+    @property
+    def local_size(self) -> int:
+        """How many of them are on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.control else 1
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean over the processes, in place, on the value's own device."""
         if self.world_size > 1:

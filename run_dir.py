@@ -53,7 +53,8 @@ def claim_out_dir(folder: Path, resumed_from: Path | None, fresh: bool) -> None:
         done = updates_in(resumed_from) if resumed_from else math.inf
         # what could not be resumed is never to replace the good one before, nor to be resumed in its place
         for state in (folder / "last.pt", *folders.newest_first(folder)) if resumed_from else ():
-            if state.exists() and state != resumed_from and updates_in(state) >= done + state.is_dir():
+            refused = resumed_from.name == "ckpt.pt" or updates_in(state) >= done + state.is_dir()
+            if state.exists() and state != resumed_from and refused:
                 set_aside(state, "damaged")
         old, sharded = numbered(folder), folders.newest_first(folder)
         found = [path for path in (*(folder / n for n in (*STATES, "ckpt.pt", "log.jsonl")), *old) if path.is_file()]
@@ -64,11 +65,15 @@ def claim_out_dir(folder: Path, resumed_from: Path | None, fresh: bool) -> None:
             for path in found:
                 keep(path, previous / path.name)
             for path in sharded:
-                os.rename(path, previous / path.name)
-            # The old ckpt.pt and last.pt stay until this run has its own: out_dir is never without a checkpoint. Other
-            # complete states must go, or they could be resumed instead of a younger last.pt of this run.
+                (previous / path.name).mkdir()
+                for part in path.iterdir():
+                    keep(part, previous / path.name / part.name)
+            # The old ckpt.pt and last.pt, or newest folder, stay until this run has its own: out_dir is never without a
+            # checkpoint. Other complete states must go, or they could be resumed instead of a younger one of this run.
             for path in (folder / "last.prev.pt", folder / "log.jsonl", *old):
                 path.unlink(missing_ok=True)
+            for path in sharded[1:]:
+                folders.remove(path)
             note(f"note: {folder} holds an earlier run (init_from=resume continues it); it is kept in {previous}")
 
 
@@ -95,9 +100,10 @@ class Background:
         """Whether a save is under way."""
         return self.job is not None and not self.job.done()
 
-    def copied(self, whole: dict[str, Any]) -> dict[str, Any] | None:
-        """A copy in CPU memory; None where there is no memory for one, and training has to wait for the disk."""
-        if self.copies or bytes_in(whole) < memory_left():
+    def copied(self, whole: dict[str, Any], processes: int = 1) -> dict[str, Any] | None:
+        """A copy in CPU memory, of which each of so many processes on this machine makes one; None where there is no
+        memory for them, and training has to wait for the disk."""
+        if self.copies or processes * bytes_in(whole) < memory_left():
             try:
                 return copy_to_cpu(whole, self.copies)
             except (MemoryError, RuntimeError) as error:
@@ -157,7 +163,8 @@ class RunDir(Background):
         self.best_val_loss = _best_val_loss(self.folder / "ckpt.pt", best_val_loss) if resumed_from else best_val_loss
         if resumed_from and "ckpt.pt" not in self.own:
             self.best_val_loss = math.inf
-        self.numbered_kept, self.numbered_interval = 0, 0  # which of the folders stay besides the newest two
+        self.earlier = folders.newest_first(self.folder) if fresh else []  # another run's, until this one has a state
+        self.numbered_kept = 0  # so many numbered folders stay besides the newest two; 0 for all there are
 
     def save(
         self, state: dict[str, Any], more: dict[str, Any], val_loss: float | None = None, *, always: bool = False,
@@ -204,7 +211,7 @@ class RunDir(Background):
         else:
             save_last(), self.save_best(ckpt)
         with user_errors(OSError, about=f"{self.folder} cannot be written to"):
-            self.leave_earlier_ckpt()
+            self.leave_earlier()
             if two and not newer:  # whole states of this run, after which those of its sharded part are not needed
                 self.remove_folders(0)
             if numbered_kept:
@@ -221,28 +228,41 @@ class RunDir(Background):
             self.best_val_loss = ckpt["best_val_loss"]
             self.own.add("ckpt.pt")
 
-    def leave_earlier_ckpt(self) -> None:
-        """Takes away an earlier run's ckpt.pt, kept in previous/, which would speak in this one's name."""
+    @property
+    def has_folder(self) -> bool:
+        """Whether there is a checkpoint folder of this run."""
+        return any(path not in self.earlier for path in folders.newest_first(self.folder))
+
+    def leave_earlier(self) -> None:
+        """Takes away what is an earlier run's, kept in previous/: a ckpt.pt, which would speak in this one's name, and
+        folders, which would be resumed in its place."""
         if "ckpt.pt" not in self.own:
             (self.folder / "ckpt.pt").unlink(missing_ok=True)
+        while self.earlier:
+            folders.remove(self.earlier.pop())
 
-    def take_folder(self, temporary: Path, name: str) -> None:
-        """Gives a checkpoint folder that is whole its name, and takes away states that are no longer needed."""
+    def take_folder(self, temporary: Path, name: str, ckpt: dict[str, Any] | None = None) -> None:
+        """Gives a checkpoint folder that is whole its name, writes ckpt.pt if there is anything to write, and takes
+        away states that are no longer needed."""
+        self.earlier = [path for path in self.earlier if path.name != name]  # which is replaced
+        folders.take_name(temporary, self.folder / name)
         if "last.pt" not in self.own:  # an earlier run's, which might be resumed instead
             for state in STATES:
                 (self.folder / state).unlink(missing_ok=True)
-        folders.take_name(temporary, self.folder / name)
-        self.leave_earlier_ckpt()
+        self.save_best(ckpt)
+        self.leave_earlier()
         self.remove_folders(2)
         newest = folders.newest_first(self.folder)
         for state in STATES if len(newest) > 1 else ():
-            if (path := self.folder / state).is_file() and updates_in(path) < folders.updates(newest[1]):
+            path = self.folder / state
+            if path.is_file() and not folders.updates(newest[1]) <= updates_in(path) < math.inf:
                 path.unlink()
 
     def remove_folders(self, kept: int) -> None:
         """Removes checkpoint folders but the `kept` newest, and those that stay as numbered ones."""
-        every, found = self.numbered_interval, folders.newest_first(self.folder)
-        stay = [folder for folder in found if every and folders.updates(folder) % every == 0][: self.numbered_kept]
+        found = folders.newest_first(self.folder)
+        stay = [folder for folder in found if folders.is_numbered(folder)]
+        stay = stay[: self.numbered_kept or len(stay)]
         for folder in found[kept:]:
             if folder not in stay:
                 folders.remove(folder)

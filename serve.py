@@ -23,7 +23,7 @@ max_batch = 16  # texts that are written at once, in one batch, of all requests;
 max_waiting = 64  # requests that wait for a place in it; more are refused
 grace = 30.0  # seconds in which what was accepted may still be finished, after SIGTERM or Ctrl-C
 # What a request may be
-max_samples = 16  # texts that it may ask for, at most max_batch
+max_samples = 0  # texts that it may ask for, at most max_batch; 0 for that
 max_tokens = 2048  # tokens in each
 max_prompt = 16384  # tokens in a prompt; the model's context is a limit besides
 max_body = 2**20  # bytes
@@ -51,7 +51,7 @@ from engine import Engine
 
 
 def check(c: Config) -> None:
-    least = {"max_waiting": 0, "grace": 0, "max_body": 1024}
+    least = {"max_waiting": 0, "max_samples": 0, "grace": 0, "max_body": 1024}
     for key in ("max_batch", "max_waiting", "max_samples", "max_tokens", "max_prompt", "max_body", "grace"):
         if getattr(c, key) < least.get(key, 1):
             raise UserError(f"{key}={getattr(c, key)}: expected at least {least.get(key, 1)}")
@@ -63,6 +63,7 @@ def check(c: Config) -> None:
             f"max_samples={c.max_samples}: expected at most max_batch={c.max_batch}, for a request's texts are written "
             "at once"
         )
+    c.max_samples = c.max_samples or c.max_batch
     if not 0 <= c.port < 65536:
         raise UserError(f"port={c.port}: expected 0 (any that is free) to 65535")
     if not (c.api_key.isascii() and c.api_key.isprintable() and " " not in c.api_key):
@@ -173,7 +174,10 @@ def main(c: Config) -> None:
         signal.signal(number, leave)
     with ThreadPoolExecutor(1, "http") as pool:
         serving = pool.submit(asyncio.run, serve(server, engine, listener, welcome(listener), c.grace))
-        engine.run()
+        try:
+            engine.run()
+        finally:
+            engine.close()  # or the other thread would go on serving without it
         serving.result()
     if signals[:1] == [signal.SIGINT]:
         raise KeyboardInterrupt

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from configurator import UserError, user_errors
-from folders import checksum, complete
+from folders import checksum, checksums, complete
 from fsdp import is_shared_out, own_part, with_tied
 from processes import Processes
 from run_dir import Background, RunDir
@@ -62,10 +62,12 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self) -> metadata.Metadata:
         path = Path(self.path) / ".metadata"
         try:
+            verified = checksums(path.parent)
             with open(path, "rb") as file:
                 found = Unpickler(file).load()
             for info in found.storage_data.values():
-                if not re.fullmatch(r"__\d+_\d+\.distcp", info.relative_path) or info.transform_descriptors:
+                known = info.relative_path in verified and re.fullmatch(r"__\d+_\d+\.distcp", info.relative_path)
+                if not known or info.transform_descriptors:
                     raise ValueError(f"it points at {info.relative_path!r}")
             for name, kind in found.state_dict_metadata.items():
                 if type(name) is not str or type(kind) is not metadata.TensorStorageMetadata:
@@ -78,8 +80,17 @@ class Reader(dcp.FileSystemReader):
         return found
 
 
-class Unpickler(pickle.Unpickler):
-    """Knows the classes in ADMITTED, and torch's dtypes."""
+class Unpickler(pickle._Unpickler):
+    """Knows the classes in ADMITTED, and torch's dtypes, and changes none of them."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], type):
+            raise pickle.UnpicklingError("it would change a class")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         found = ADMITTED.get((module, name)) or (getattr(torch, name, None) if module == "torch" else None)
@@ -161,9 +172,9 @@ class Saves:
     """Saves a sharded run while training goes on, each process its part. Every process has one, and all call it at the
     same time."""
 
-    def __init__(self, processes: Processes, out_dir: str, files: RunDir | None):
-        """`files` is the first process's."""
-        self.processes, self.files = processes, files
+    def __init__(self, processes: Processes, out_dir: str, files: RunDir | None, device: str):
+        """`files` is the first process's; `device` is the one that this process trains on."""
+        self.processes, self.files, self.device = processes, files, torch.device(device)
         self.background = files or Background(Path(out_dir))
         self.group = dist.new_group(backend="gloo")  # for a thread that is not the training's
         self.mesh = DeviceMesh.from_group(self.group, "cpu")
@@ -181,10 +192,13 @@ class Saves:
         memory, if there is room in every process; with `wait`, once it is on the disk. A disk that refuses is a
         warning, with `wait` a UserError, in the other processes SystemExit."""
         self.background.report(wait=True)
-        own = None if wait else self.background.copied({name: own_part(t) for name, t in tensors.items()})
+        # what the thread writes lies in CPU memory, if at all possible: it knows nothing of a GPU's streams
+        own = self.background.copied({name: own_part(t) for name, t in tensors.items()}, self.processes.local_size)
         copied = not self.processes.largest(int(own is None))
         if copied:
             tensors = {name: self._as_before(own[name], t) for name, t in tensors.items()}
+        elif self.device.type == "cuda":
+            torch.cuda.synchronize()
         self.background.job = self.background.writer.submit(self._write, tensors, state, ckpt)
         if wait:
             self.finish()
@@ -206,12 +220,16 @@ class Saves:
         return DTensor.from_local(copy, self.mesh, tensor.placements, run_check=False, **kind)
 
     def _write(self, tensors: dict[str, torch.Tensor], state: dict[str, Any], ckpt: dict[str, Any] | None) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # which each thread has to choose for itself
         name = f"last-{state['iter_num']}"
         temporary = self.background.folder / f"{name}.tmp"
+        # ckpt.pt has no moments to go on from: it comes first only where there is a folder that has
+        first = self.files and not self.files.has_folder
 
         def begin() -> None:
             self.files.log.sync()  # a state must not be ahead of the log: resuming writes no line that is before it
-            self.files.save_best(ckpt)
+            self.files.save_best(None if first else ckpt)
             with user_errors(OSError, about=f"{self.files.folder} cannot be written to"):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
@@ -219,7 +237,7 @@ class Saves:
         def end() -> None:
             with user_errors(OSError, about=f"{self.files.folder} cannot be written to"):
                 complete(temporary, state, {name: told for _, part in parts for name, told in part.items()})
-                self.files.take_folder(temporary, name)
+                self.files.take_folder(temporary, name, ckpt if first else None)
 
         problems = [self._problem(begin)]
         dist.broadcast_object_list(problems, group=self.group)
@@ -245,4 +263,6 @@ class Saves:
                 work()
         except UserError as error:
             return str(error)
+        except Exception as error:  # whatever it is, the others wait for what this process has to tell
+            return f"a checkpoint could not be written ({type(error).__name__}: {error})"
         return ""

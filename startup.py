@@ -69,6 +69,11 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     check(c, processes.world_size)
 
     shared_out = c.parallel == "fsdp" and processes.control is not None
+    if shared_out and c.dtype == "float16":
+        raise UserError(
+            "dtype=float16 cannot be had with parallel=fsdp: take --parallel=ddp, or --dtype=float32, or, where the "
+            "GPU has it, --dtype=bfloat16"
+        )
     straight = shared_out and can_read_shares(c, state)
     if path and path.is_dir() and not straight:
         state |= checkpoint.read_tensors(path, state)
@@ -153,7 +158,7 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
         if shared_out:
             from sharded import Saves
 
-            r.saves = Saves(processes, c.out_dir, r.files)
+            r.saves = Saves(processes, c.out_dir, r.files, c.device)
     return r, train, val
 
 
@@ -264,7 +269,7 @@ def open_files(r: Run, resumed_from: Path | None, lock: filelock.BaseFileLock | 
     if c.init_from == "auto" and not resumed_from and checkpoint.has_run(c.out_dir):
         raise UserError(f"another run has just begun in out_dir={c.out_dir}: start again to go on with it")
     r.files = RunDir(c.out_dir, resumed_from, r.started_at, r.progress.best_val_loss, fresh, c.run_id, lock)
-    r.files.numbered_kept, r.files.numbered_interval = c.keep_checkpoints, c.checkpoint_interval or c.eval_interval
+    r.files.numbered_kept = c.keep_checkpoints
     r.reporter.log = r.files.log
     held.callback(r.files.let_go)
 
@@ -320,8 +325,6 @@ def check(c: Config, world_size: int) -> None:
     check_schedule(c)
     if c.parallel not in ("ddp", "fsdp"):
         raise UserError(f"parallel={c.parallel}: expected ddp or fsdp")
-    if c.parallel == "fsdp" and c.dtype == "float16":
-        raise UserError("dtype=float16 cannot be had with parallel=fsdp: take --dtype=bfloat16, or --dtype=float32")
     if c.optim not in OPTIMS:
         raise UserError(f"optim={c.optim}: expected {' or '.join(OPTIMS)}")
     if c.optim == "muon" and not c.learning_rate:

@@ -25,7 +25,7 @@ always_save_checkpoint = False  # let ckpt.pt be the latest evaluation's, not th
 save_interval = (
     0  # save last.pt every so many iterations besides, 0 for evaluations only; left out while one is written
 )
-keep_checkpoints = 0  # keep so many numbered checkpoints, ckpt-1000.pt and so on, besides
+keep_checkpoints = 0  # keep so many numbered checkpoints, ckpt-1000.pt and so on (last-1000/ with 'fsdp'), besides
 checkpoint_interval = 0  # iterations from one numbered checkpoint to the next, 0 for eval_interval
 init_from = "scratch"  # 'scratch', 'resume', 'auto' (which of them), 'gpt2*', or a path: out_dir, .pt file, HF folder
 sample_interval = 0  # print a sample every so many iterations, 0 for never
@@ -105,7 +105,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -123,6 +123,7 @@ from loader import Mixture, evaluated, training_batches
 from model import derive_seed
 from processes import StopSignal
 from progress import Diverged, what_is_done
+from run_dir import memory_left
 from schedule import learning_rate_at, micro_steps_at
 from startup import Run, prepare
 
@@ -265,12 +266,13 @@ def accelerate(r: Run, ctx, packed: bool) -> tuple[torch.nn.Module, torch.nn.Mod
     """The model, compiled where that works, for evaluation; and the same under DDP where there are many processes."""
     c = r.c
     use_compile = c.compile and can_compile(c.device)
+    shared_out = is_shared_out(r.model.lm_head.weight)
     for block in r.model.transformer.h:
+        if use_compile and shared_out:  # what puts a block together, or its norms, stays outside of what is compiled
+            for part in (block,) if c.dtype == "float32" else (block.attn, block.mlp):
+                part.forward = torch.compile(part.forward)
         if c.activation_checkpointing:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-        if use_compile and is_shared_out(r.model.lm_head.weight):  # what puts a block together stays outside of it
-            block.forward = torch.compile(block.forward)
-    shared_out = is_shared_out(r.model.lm_head.weight)
     fast = model = torch.compile(r.model) if use_compile and not shared_out else r.model
     if r.processes.world_size > 1 and not (c.eval_only or shared_out):
         device_ids = [r.processes.local_rank] if c.device.startswith("cuda") else None
@@ -443,12 +445,12 @@ def save_shares(r: Run, more: dict[str, Any], val_loss: float | None, wait: bool
     """`save` for a model that is shared out, in every process; whether ckpt.pt is written."""
     files, ckpt = r.files, None
     if best := r.processes.largest(bool(files and files.is_best(val_loss, r.c.always_save_checkpoint))):
-        weights = gathered(r.model, r.processes.master)
+        weights = weights_together(r)
         if weights:
             ckpt = state_of(r, weights) | {"best_val_loss": min(val_loss, files.best_val_loss)}
         elif files:
             note("warning: there is no memory for the whole weights; ckpt.pt is not written")
-    state = state_of(r) | more
+    state = state_of(r) | more | {"numbered": number_is_due(r.progress.iter_num, r.c)}
     tensors = {f"model/{name}": p.detach() for name, p in saved_parameters(r.model).items()}
     for name, entry in state.pop("optimizers").items():
         tensors |= {f"optimizers/{name}/{key}": value for key, value in entry.items()}
@@ -457,20 +459,32 @@ def save_shares(r: Run, more: dict[str, Any], val_loss: float | None, wait: bool
     return bool(best)
 
 
+def weights_together(r: Run) -> dict[str, torch.Tensor] | None:
+    """All the weights of a model that is shared out, in the first process, if there is memory for them."""
+    room = 4 * r.model.get_num_params(False) < memory_left()
+    return gathered(r.model, r.processes.master and room)
+
+
 def show_samples(r: Run, ctx) -> None:
-    """Prints and logs what the model makes of sample_prompts now."""
+    """Prints and logs what the model makes of sample_prompts now; one that is shared out on the first process's CPU."""
     r.reporter.settle()
     r.reporter.stop_clock()
-    weights = gathered(r.model, r.processes.master) if r.saves else None
-    if r.saves and r.processes.master and not weights:
-        note("note: there is no memory for the whole weights; no sample is written")
-    if not r.processes.master or r.saves and not weights:
+    weights, model = weights_together(r) if r.saves else None, r.model
+    if r.saves and r.processes.master:
+        ctx = nullcontext()
+        try:  # a failure of one process alone would leave the others waiting
+            model = checkpoint.model_of(state_of(r, weights), r.c.out_dir) if weights else None
+        except (UserError, RuntimeError, MemoryError) as error:
+            note(f"warning: {error}")
+            model = None
+        if model is None:
+            note("note: no sample is written: it takes the whole model on the CPU")
+    if not r.processes.master or model is None:
         r.reporter.restart_clock()
         return
     c, iter_num = r.c, r.progress.iter_num
     seed = derive_seed(c.seed, "sample", iter_num)
     sampling = Sampling(max_new_tokens=c.sample_tokens, temperature=0.8, top_k=200, seed=seed)
-    model = checkpoint.model_of(state_of(r, weights), c.out_dir).to(c.device) if weights else r.model
     model.eval()
     with ctx:
         texts = continuations(model, r.tokenizer, c.sample_prompts, sampling)

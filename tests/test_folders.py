@@ -210,15 +210,52 @@ def test_one_process_goes_on_and_keeps_two_states(out):
 
 def test_folders_but_the_newest_two_go_and_numbered_ones_stay(tmp_path, out):
     files = RunDir(str(tmp_path / "new"), None)
-    files.numbered_kept, files.numbered_interval = 2, 3
+    files.numbered_kept = 2
     kept = {}
     for n in range(1, 12):
         shutil.copytree(out / "last-4", files.folder / "temporary")
+        state = json.loads((out / "last-4" / "state.json").read_text(encoding="utf-8")) | {"numbered": n % 3 == 0}
+        (files.folder / "temporary" / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files.take_folder(files.folder / "temporary", f"last-{n}")
         kept[n] = sorted(folders.updates(path) for path in folders.newest_first(files.folder))
     files.close()
     assert kept[1] == [1] and kept[2] == [1, 2] and kept[4] == [3, 4] and kept[5] == [3, 4, 5]
     assert kept[7] == [3, 6, 7] and kept[9] == [6, 8, 9] and kept[11] == [6, 9, 10, 11]
+    again = RunDir(str(tmp_path / "new"), files.folder / "last-11", 11, fresh=False)  # with keep_checkpoints=0 now
+    shutil.copytree(out / "last-4", again.folder / "temporary")
+    again.take_folder(again.folder / "temporary", "last-12")
+    again.close()
+    assert sorted(map(folders.updates, folders.newest_first(again.folder))) == [6, 9, 11, 12]
+
+
+def test_an_earlier_runs_newest_folder_stays_until_a_new_run_has_a_state(tmp_path, out):
+    files = RunDir(str(out), None)
+    assert [path.name for path in checkpoint.states(out)] == ["last-4"] and not files.has_folder
+    assert checkpoint.newest(str(out))[1]["iter_num"] == 4 == checkpoint.newest(str(out / "previous"))[1]["iter_num"]
+    shutil.copytree(out / "last-4", out / "temporary")
+    files.take_folder(out / "temporary", "last-1")
+    files.close()
+    assert [path.name for path in checkpoint.states(out)] == ["last-1"] and not (out / "ckpt.pt").exists()
+
+
+def test_parts_that_lie_elsewhere_make_no_checkpoint(tmp_path, out):
+    parts = {name: told for name, told in folders.checksums(out / "last-4").items() if name.startswith("__")}
+    (out / "last-4" / "__1_0.distcp").unlink()
+    with pytest.raises(UserError, match="a disk that their machines share"):
+        folders.complete(out / "last-4", {}, parts)
+
+
+def test_what_is_read_is_what_was_verified(out, stories):
+    told = folders.checksums(out / "last-4")
+    tell(out / "last-4", {name: each for name, each in told.items() if name != "__1_0.distcp"})
+    assert "points at '__1_0.distcp'" in refused(out / "last-4")
+    for name in ("/dev/zero", "../last-2/state.json"):
+        tell(out / "last-4", told | {name: [0, 0]})
+        assert "checksums.json is not whole" in refused(out / "last-4")
+
+
+def tell(folder: Path, checksums: dict) -> None:
+    (folder / "checksums.json").write_text(json.dumps(checksums), encoding="utf-8")
 
 
 # ------- what means harm

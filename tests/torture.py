@@ -21,6 +21,7 @@ kills = 200  # enough of them
 damaged = 100  # damaged copies of a checkpoint to load
 processes = 1  # of a run, by torchrun where they are several
 parallel = "ddp"  # or 'fsdp', whose checkpoints are folders
+iterations = 240  # of a run
 seed = 0  # of the choices; the instants of the kills cannot be repeated
 folder = ""  # where to work, kept afterwards; empty for a temporary one
 config = configure(globals())
@@ -45,13 +46,12 @@ import torch
 import checkpoint
 import folders
 
-ITERATIONS = 240
 SETTINGS = {
     "matmul": "float32",  # or rounding to bfloat16 would make much of the little in which two and one process differ
     "device": "cpu", "compile": False, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "batch_size": 4,
     "gradient_accumulation_steps": 4, "dropout": 0.1, "learning_rate": 1e-2, "warmup_iters": 5, "eval_iters": 2,
     "eval_interval": 50, "save_interval": 1, "keep_checkpoints": 2, "checkpoint_interval": 60, "peer_timeout": 30,
-    "max_iters": ITERATIONS, "lr_decay_iters": ITERATIONS, "init_from": "auto",
+    "max_iters": config.iterations, "lr_decay_iters": config.iterations, "init_from": "auto",
 }  # fmt: skip
 
 
@@ -364,7 +364,7 @@ def other_numbers_of_processes(home: Path, reference: Path, tally: Tally, rng: r
         kind = "ddp" if processes == 1 else config.parallel
         training = Training(home, processes=processes, save_interval=5, parallel=kind)
         if part < 3:
-            until = (part + 1) * ITERATIONS // 4
+            until = (part + 1) * config.iterations // 4
             training.wait_for_lines(until)
             training.kill()
             newest(training.out)
