@@ -68,12 +68,7 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
     overrule(c)
     check(c, processes.world_size)
 
-    shared_out = c.parallel == "fsdp" and processes.control is not None
-    if shared_out and c.dtype == "float16":
-        raise UserError(
-            "dtype=float16 cannot be had with parallel=fsdp: take --parallel=ddp, or --dtype=float32, or, where the "
-            "GPU has it, --dtype=bfloat16"
-        )
+    shared_out = is_to_be_shared_out(c, processes)
     straight = shared_out and can_read_shares(c, state)
     if path and path.is_dir() and not straight:
         state |= checkpoint.read_tensors(path, state)
@@ -160,6 +155,17 @@ def prepare(c: Config, held: ExitStack) -> tuple[Run, Mixture, Mixture]:
 
             r.saves = Saves(processes, c.out_dir, r.files, c.device)
     return r, train, val
+
+
+def is_to_be_shared_out(c: Config, processes: Processes) -> bool:
+    """Whether each process is to have a part of the model. UserError where that cannot be."""
+    shared_out = c.parallel == "fsdp" and processes.control is not None
+    if shared_out and c.dtype == "float16":
+        raise UserError(
+            "dtype=float16 cannot be had with parallel=fsdp: take --parallel=ddp, or --dtype=float32, or, where the "
+            "GPU has it, --dtype=bfloat16"
+        )
+    return shared_out
 
 
 def begins(c: Config, state: dict[str, Any]) -> bool:

@@ -531,7 +531,7 @@ def test_who_can_be_admitted_at_once_does_not_wait():
         jobs = [ask(2), ask(2), ask(1)]  # whether they have begun or not
         engine.check_room(1)
         for _ in range(2):
-            with pytest.raises(Full, match="0 requests are waiting"):
+            with pytest.raises(Full, match="all places are taken"):
                 ask(2)
             await until(lambda: engine.rows == 5)
         jobs.append(ask(1))
