@@ -444,6 +444,7 @@ def save(r: Run, val_loss: float | None = None, *, put_off: bool = False, wait: 
 def save_shares(r: Run, more: dict[str, Any], val_loss: float | None, wait: bool) -> bool:
     """`save` for a model that is shared out, in every process; whether ckpt.pt is written."""
     files, ckpt = r.files, None
+    r.saves.background.report(wait=True)  # only then is it known which loss ckpt.pt has
     if best := r.processes.largest(bool(files and files.is_best(val_loss, r.c.always_save_checkpoint))):
         weights = weights_together(r)
         if weights:

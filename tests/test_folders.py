@@ -11,6 +11,7 @@ import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -290,6 +291,12 @@ def pointing(to: str):
     )
 
 
+def metadata_of(out: Path) -> tuple[Path, Any]:
+    """The file that tells of last-4's tensors, and what is in it."""
+    path = out / "last-4" / ".metadata"
+    return path, pickle.loads(path.read_bytes())
+
+
 CHANGES = {
     "a call": lambda m: m.state_dict_metadata.update(x=Malice()),
     "a call in what is not looked at": lambda m: setattr(m, "planner_data", Malice()),
@@ -312,9 +319,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("how", CHANGES)
 def test_metadata_that_means_harm_is_refused_and_runs_nothing(out, how):
-    path = out / "last-4" / ".metadata"
-    with open(path, "rb") as file:
-        found = pickle.load(file)
+    path, found = metadata_of(out)
     CHANGES[how](found)
     (out / "x").write_bytes((out / "last-4" / "__0_0.distcp").read_bytes())
     path.write_bytes(pickle.dumps(found))
@@ -415,9 +420,7 @@ MADE_UP = {
 
 @pytest.mark.parametrize("how", MADE_UP)
 def test_a_tensor_that_cannot_be_is_a_sentence(out, how):
-    path = out / "last-4" / ".metadata"
-    with open(path, "rb") as file:
-        found = pickle.load(file)
+    path, found = metadata_of(out)
     MADE_UP[how](found)
     path.write_bytes(pickle.dumps(found))
     seal(out / "last-4")
